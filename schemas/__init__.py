@@ -1,0 +1,1 @@
+"""WHAT TRAVELS: the contracts. Imports nothing else of this project."""

@@ -1,0 +1,1 @@
+"""Tollway: usage metering as a fold of one log."""

@@ -1,0 +1,1 @@
+"""WHAT HAPPENS: folds of the log and what reads their effects. Imports schemas and connectors."""
