@@ -1,0 +1,72 @@
+"""The topics, in the order of the flow: one table that the admin, the workers and the docs read."""
+
+from dataclasses import dataclass, field
+
+DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic as it must be: `settings` are Kafka's own names. `keyed` topics share one partition count."""
+
+    name: str
+    key: str
+    records: str
+    keyed: bool = True
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+USAGE = Topic(
+    "usage.events",
+    key="account; `*` = broadcast command; `tick`",
+    records="UsageEvent, Command, tick (null)",
+    settings={
+        "message.timestamp.type": "LogAppendTime",  # else a replayed spool is deleted by its own age
+        "retention.ms": "-1",  # trimmed only behind what `audit verify` has proven
+        "retention.bytes": "-1",
+        "cleanup.policy": "delete",
+        "max.message.bytes": "131072",
+        "unclean.leader.election.enable": "false",
+    },
+)
+METER_EVENTS = Topic(
+    "billing.meter_events",
+    key="account",
+    records="MeterEvent",
+    settings={
+        "message.timestamp.type": "LogAppendTime",
+        "retention.ms": "-1",
+        "retention.bytes": "-1",
+        "cleanup.policy": "delete",
+        "unclean.leader.election.enable": "false",
+    },
+)
+DEAD_LETTERS = Topic(
+    "dead.letters",
+    key="epoch, partition, offset",
+    records="original bytes; reason, source, attempts in headers",
+    settings={
+        "message.timestamp.type": "LogAppendTime",
+        "cleanup.policy": "compact",
+        "max.message.bytes": "262144",
+        "unclean.leader.election.enable": "false",
+    },
+)
+CHECKPOINTS = Topic(
+    "tollway.checkpoints",
+    key="group, epoch, partition, slot",
+    records="state",
+    settings={
+        "message.timestamp.type": "LogAppendTime",
+        "cleanup.policy": "compact",
+        "max.message.bytes": "16777216",
+        "segment.bytes": "67108864",
+        "unclean.leader.election.enable": "false",
+    },
+)
+TOPICS = (USAGE, METER_EVENTS, DEAD_LETTERS, CHECKPOINTS)
+
+TICK_KEY = b"tick"
+BROADCAST = "*"
+PARTITIONS_EMBEDDED = 16
+PARTITIONS_PRODUCTION = 64

@@ -1,0 +1,211 @@
+"""UsageEvent v1: its fields, bounds and checks. The same bounds hold at `emit()` and at admission (design §4)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+SURFACES = ("rest", "mcp", "agent", "llm")
+PRINCIPAL_KINDS = ("user", "client", "anonymous")
+STATUSES = ("ok", "error", "denied", "rate_limited", "payment_required")
+COUNTED_STATUSES = ("ok", "error")
+BILLED_STATUS = "ok"
+
+QUANTITY_MAX = 10**12
+MONEY_NANO_MAX = 10**14
+QUANTITIES_MAX = 32
+ATTRIBUTES_MAX = 32
+ATTRIBUTE_BYTES_MAX = 256
+PATH_MAX = 32
+LATENCY_US_MAX = 10**12
+OPERATION_BYTES_MAX = 256
+
+ID_PATTERN = r"[A-Za-z0-9._:@/-]{1,128}"
+METER_PATTERN = r"[a-z][a-z0-9_]{0,63}"
+UUID_PATTERN = r"[0-9a-f]{32}"
+
+ID = re.compile(ID_PATTERN)
+METER = re.compile(METER_PATTERN)
+UUID_HEX = re.compile(UUID_PATTERN)
+
+ID_FIELDS = (
+    "account",
+    "principal",
+    "agent",
+    "session",
+    "run",
+    "parent",
+    "hold",
+    "price_ref",
+    "payment_ref",
+    "trace_id",
+)
+"""Fields held to ID_PATTERN where they are not null (`path` items too)."""
+TEXT_FIELDS = ("operation", "rail", "revenue_asset", "cost_asset", "provider", "model")
+"""Free text of at most OPERATION_BYTES_MAX bytes and at least one."""
+
+LATE_S = 34 * 86_400
+"""Older than this at append → dead letter `too_late` (the rail takes 35 days)."""
+AHEAD_S = 60
+"""Further ahead of append time than this → clamped to append time, flagged."""
+UNSEQUENCED_S = 3_600
+SOURCE_LIFE_S = 5 * 86_400
+SOURCE_AHEAD_S = 86_400
+RESEND_S = 3 * 86_400
+"""An emitter does not resend what is older than this."""
+
+
+class UsageEvent(TypedDict, total=False):
+    """One call. Times are microseconds since 1970 UTC, money is nano units, quantities are whole units."""
+
+    event_id: str
+    source: str
+    sequence: int
+    occurred_at: int
+    surface: str
+    operation: str
+    account: str
+    principal_kind: str
+    principal: str
+    status: str
+    latency_us: int
+    quantities: dict[str, int]
+    agent: str | None
+    session: str | None
+    run: str | None
+    parent: str | None
+    path: list[str] | None
+    hold: str | None
+    rail: str | None
+    price_ref: str | None
+    revenue_nano: int | None
+    revenue_asset: str | None
+    cost_nano: int | None
+    cost_asset: str | None
+    payment_ref: str | None
+    provider: str | None
+    model: str | None
+    trace_id: str | None
+    attributes: dict[str, str] | None
+
+
+FIELDS = tuple(UsageEvent.__annotations__)
+REQUIRED = FIELDS[: FIELDS.index("agent")]
+OPTIONAL = FIELDS[FIELDS.index("agent") :]
+
+
+class FieldError(ValueError):
+    """A field is out of bounds: `field`, `value`, `reason` (a dead letter's reason name) and the bound, in words."""
+
+    def __init__(self, field: str, value: object, reason: str, cure: str) -> None:
+        shown = repr(value)
+        super().__init__(f"{field} is {shown if len(shown) <= 120 else shown[:117] + '...'}: {cure}")
+        self.field, self.value, self.reason = field, value, reason
+
+
+def check(event: Mapping[str, Any]) -> None:
+    """Refuse a usage record that admission would refuse for its own content. Raises FieldError naming field, value, cure."""
+    for name in REQUIRED:
+        if event.get(name) is None:
+            raise FieldError(name, event.get(name), "missing", "it is required")
+    for name in ("event_id", "source"):
+        _expect(UUID_HEX.fullmatch(str(event[name])), name, event[name], "bad_id", "give a UUIDv7 as 32 hex digits")
+    _expect(
+        event["surface"] in SURFACES, "surface", event["surface"], "bad_value", f"give one of {', '.join(SURFACES)}"
+    )
+    _expect(
+        event["principal_kind"] in PRINCIPAL_KINDS,
+        "principal_kind",
+        event["principal_kind"],
+        "bad_value",
+        f"give one of {', '.join(PRINCIPAL_KINDS)}",
+    )
+    _expect(event["status"] in STATUSES, "status", event["status"], "bad_value", f"give one of {', '.join(STATUSES)}")
+    for name in ID_FIELDS:
+        value = event.get(name)
+        _expect(value is None or ID.fullmatch(value), name, value, "bad_id", f"ids match {ID_PATTERN}")
+    for name in TEXT_FIELDS:
+        value = event.get(name)
+        _expect(
+            value is None or 1 <= len(value.encode()) <= OPERATION_BYTES_MAX,
+            name,
+            value,
+            "over_bound",
+            f"give 1 to {OPERATION_BYTES_MAX} bytes",
+        )
+    _check_numbers(event)
+    _check_collections(event)
+
+
+def _check_numbers(event: Mapping[str, Any]) -> None:
+    _within("sequence", event["sequence"], 2**62)
+    _within("occurred_at", event["occurred_at"], 2**62)
+    _within("latency_us", event["latency_us"], LATENCY_US_MAX)
+    for name in ("revenue", "cost"):
+        nano, asset = event.get(f"{name}_nano"), event.get(f"{name}_asset")
+        if nano is not None:
+            _within(f"{name}_nano", nano, MONEY_NANO_MAX)
+        _expect(
+            (nano is None) == (asset is None),
+            f"{name}_asset",
+            asset,
+            "bad_value",
+            f"{name}_nano and {name}_asset come together",
+        )
+    _expect(
+        not (event.get("hold") is not None and event["sequence"] == 0),
+        "sequence",
+        0,
+        "hold_unsequenced",
+        "usage with a hold needs a sequence of 1 or more",
+    )
+
+
+def _check_collections(event: Mapping[str, Any]) -> None:
+    quantities = event["quantities"]
+    _expect(
+        len(quantities) <= QUANTITIES_MAX,
+        "quantities",
+        len(quantities),
+        "over_bound",
+        f"at most {QUANTITIES_MAX} meters",
+    )
+    _expect(
+        "calls" in quantities, "quantities", sorted(quantities), "missing_calls", "the meter `calls` is always there"
+    )
+    for meter, units in quantities.items():
+        _expect(METER.fullmatch(meter), "quantities", meter, "bad_id", f"meters match {METER_PATTERN}")
+        _within(f"quantities.{meter}", units, QUANTITY_MAX)
+    path = event.get("path") or ()
+    _expect(len(path) <= PATH_MAX, "path", len(path), "over_bound", f"at most {PATH_MAX} runs")
+    for run in path:
+        _expect(ID.fullmatch(run), "path", run, "bad_id", f"ids match {ID_PATTERN}")
+    attributes = event.get("attributes") or {}
+    _expect(
+        len(attributes) <= ATTRIBUTES_MAX,
+        "attributes",
+        len(attributes),
+        "over_bound",
+        f"at most {ATTRIBUTES_MAX} of them",
+    )
+    for key, text in attributes.items():
+        _expect(
+            0 < len(key.encode()) <= ATTRIBUTE_BYTES_MAX and len(text.encode()) <= ATTRIBUTE_BYTES_MAX,
+            f"attributes.{key}",
+            text,
+            "over_bound",
+            f"key and value take at most {ATTRIBUTE_BYTES_MAX} bytes",
+        )
+
+
+def _within(field: str, value: object, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise FieldError(field, value, "bad_value", "give a whole number")
+    if value < 0:
+        raise FieldError(field, value, "negative", f"give a whole number from 0 to {most}: usage never subtracts")
+    if value > most:
+        raise FieldError(field, value, "over_bound", f"give a whole number from 0 to {most}")
+
+
+def _expect(holds: object, field: str, value: object, reason: str, cure: str) -> None:
+    if not holds:
+        raise FieldError(field, value, reason, cure)
