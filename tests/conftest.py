@@ -1,0 +1,44 @@
+"""One real broker, one real Valkey, one real ClickHouse engine a test run; each starts when a test first asks for it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tollway.connectors.embedded.kafka import KafkaBroker
+from tollway.connectors.embedded.valkey import ValkeyServer
+
+
+@pytest.fixture(scope="session")
+def parts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and logs of the parts below: the place to look when one does not start."""
+    return tmp_path_factory.mktemp("parts")
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(parts_folder: Path) -> Iterator[KafkaBroker]:
+    broker = KafkaBroker(parts_folder)
+    try:
+        broker.start()
+        broker.wait_ready()
+        yield broker
+    finally:
+        broker.kill()
+
+
+@pytest.fixture(scope="session")
+def kafka(kafka_broker: KafkaBroker) -> str:
+    """The broker's address."""
+    return kafka_broker.bootstrap
+
+
+@pytest.fixture(scope="session")
+def valkey(parts_folder: Path) -> Iterator[ValkeyServer]:
+    """Has host, port, password, url. Shared: use keys of your own, or flush it."""
+    server = ValkeyServer(parts_folder)
+    try:
+        server.start()
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
