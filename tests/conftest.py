@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tollway.connectors.embedded.clickhouse import ClickHouseServer
 from tollway.connectors.embedded.kafka import KafkaBroker
 from tollway.connectors.embedded.valkey import ValkeyServer
 
@@ -36,6 +37,18 @@ def kafka(kafka_broker: KafkaBroker) -> str:
 def valkey(parts_folder: Path) -> Iterator[ValkeyServer]:
     """Has host, port, password, url. Shared: use keys of your own, or flush it."""
     server = ValkeyServer(parts_folder)
+    try:
+        server.start()
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def clickhouse(parts_folder: Path) -> Iterator[ClickHouseServer]:
+    """Has host, port, user, password, database. Shared: use a database or tables of your own."""
+    server = ClickHouseServer(parts_folder)
     try:
         server.start()
         server.wait_ready()
