@@ -1,0 +1,390 @@
+"""Records → a judged batch: cut, decode, admit, de-duplicate. Both groups run it on the same log and so agree (design §3).
+
+`cut` says where a batch ends, `judge` folds it into the state. Refusals come in one fixed order of checks; the reason is the
+dead letter's name.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tollway.connectors.errors import Fatal
+from tollway.schemas import codec
+from tollway.schemas.command import (
+    HEADER_KEY,
+    HEADER_SIGNATURE,
+    SIGNED_WITHIN_S,
+    CommandError,
+    check_body,
+    parse_body,
+)
+from tollway.schemas.ids import born_ms
+from tollway.schemas.lane import lane, partition
+from tollway.schemas.topics import BROADCAST, TICK_KEY
+from tollway.schemas.usage import AHEAD_S, LATE_S, SOURCE_AHEAD_S, SOURCE_LIFE_S, UNSEQUENCED_S
+from tollway.streams import bounds
+from tollway.streams.batch import (
+    ACCEPTED,
+    COMMAND,
+    DUPLICATE,
+    POISON,
+    RECORDS_MAX,
+    REFUSED,
+    TICK,
+    USAGE,
+    Batch,
+    Records,
+)
+from tollway.streams.decode import decode_usage, usage_ids
+from tollway.streams.directory import verified
+from tollway.streams.state import PartitionState
+
+_COMMAND_HEADERS = frozenset(
+    codec.header(number) for number, entry in codec.catalogue().items() if entry["record"] == "Command"
+)
+_USAGE_IDS = frozenset(usage_ids())
+
+Reasons = dict[int, tuple[str, str]]
+
+
+def log_times(state: PartitionState, records: Records) -> npt.NDArray[np.int64]:
+    """[n] log time after each record: the running maximum of append time over the partition."""
+    return np.maximum(np.maximum.accumulate(records.append_ms), state.log_time_ms)
+
+
+def cut(state: PartitionState, records: Records) -> int:
+    """Length of the next batch: up to a step change, a command (alone in its batch) or RECORDS_MAX."""
+    times = log_times(state, records)[:RECORDS_MAX]
+    steps = times // (state.step_s * 1000)
+    end = int(np.searchsorted(steps, steps[0], side="right"))
+    if _is_command(records.values[0]):
+        return 1
+    heads = {value[:5] for value in records.values[:end] if value is not None}
+    if heads & _COMMAND_HEADERS:
+        return next(row for row in range(1, end) if _is_command(records.values[row]))
+    return end
+
+
+def judge(state: PartitionState, records: Records) -> Batch:
+    """Fold one cut batch into directory and de-duplication; the caller has entered its step.
+
+    Raises Fatal where a schema id is ours but unknown: workers are deployed before emitters.
+    """
+    times = log_times(state, records)
+    n = len(records)
+    ids = _schema_ids(records.values)
+    kind = np.full(n, POISON, np.uint8)
+    reasons: Reasons = {}
+    command = None
+    usage_rows = _sort_out(records, ids, kind, reasons)
+    usage, row, poison = decode_usage(usage_rows, ids[usage_rows], records.values)
+    reasons.update(poison)
+    kind[list(poison)] = POISON
+    verdict = np.full(n, REFUSED, np.uint8)
+    verdict[kind == TICK] = ACCEPTED
+    batch = Batch(
+        partition=state.partition,
+        step=state.step_of(int(times[-1])),
+        log_time_ms=int(times[-1]),
+        records=records,
+        kind=kind,
+        verdict=verdict,
+        reasons=reasons,
+        usage=usage,
+        row=row,
+        accepted=np.zeros(len(row), np.bool_),
+        occurred_us=np.zeros(len(row), np.int64),
+        window_us=np.zeros(len(row), np.int64),
+        schema_ids=ids,
+    )
+    if kind[0] == COMMAND:
+        command = _command(state, batch, int(times[0]))
+    elif len(row):
+        _admit(state, batch, times)
+    state.log_time_ms, state.next_offset = batch.log_time_ms, int(records.offsets[-1]) + 1
+    for reason, _ in reasons.values():
+        state.refused[reason] = state.refused.get(reason, 0) + 1
+    for meter, count in batch.undeclared.items():
+        state.undeclared[meter] = state.undeclared.get(meter, 0) + count
+    if command is not None:
+        batch.command = command
+        state.directory.apply(command, int(records.append_ms[0]))
+    return batch
+
+
+def _schema_ids(values: list[bytes | None]) -> npt.NDArray[np.uint32]:
+    """[n] schema id of each value's framing, 0 where there is none."""
+    heads = b"".join([value[:5] if value and len(value) >= 5 else b"\xff\0\0\0\0" for value in values])
+    framing = np.frombuffer(heads, np.uint8).reshape(len(values), 5)
+    ids = np.ascontiguousarray(framing[:, 1:]).view(">u4").ravel().astype(np.uint32)
+    return np.where(framing[:, 0] == 0, ids, 0).astype(np.uint32)
+
+
+def _is_command(value: bytes | None) -> bool:
+    return value is not None and value[:5] in _COMMAND_HEADERS
+
+
+def _sort_out(
+    records: Records, ids: npt.NDArray[np.uint32], kind: npt.NDArray[np.uint8], reasons: Reasons
+) -> npt.NDArray[np.int64]:
+    """Set the kind of every record and the reason of what cannot be decoded at all; returns the usage rows."""
+    known = np.isin(ids, list(_USAGE_IDS))
+    lengths = np.array([-1 if value is None else len(value) for value in records.values], np.int64)
+    plain = known & (lengths <= codec.VALUE_BYTES_MAX)
+    kind[plain] = USAGE
+    for row in np.flatnonzero(~plain).tolist():
+        value, key = records.values[row], records.keys[row]
+        if value is None and key == TICK_KEY:
+            kind[row] = TICK
+        elif not value:
+            reasons[row] = ("empty", "the record has no value")
+        elif len(value) > codec.VALUE_BYTES_MAX:
+            reasons[row] = ("oversized", f"{len(value)} bytes, at most {codec.VALUE_BYTES_MAX}")
+        elif _is_command(value):
+            kind[row] = COMMAND
+        else:
+            reasons[row] = _foreign(value)
+    return np.flatnonzero(plain)
+
+
+def _foreign(value: bytes) -> tuple[str, str]:
+    number = codec.header_id(value)
+    if number is None:
+        return "bad_framing", f"starts with {value[:5].hex()}: give 0x00 and a four-byte schema id"
+    entry = codec.catalogue().get(number)
+    if entry is None and codec.ID_FIRST <= number <= codec.ID_LAST:
+        raise Fatal(f"schema id {number} is not known to this worker: deploy workers before emitters, or void the id")
+    return "unknown_schema", f"schema id {number} has no place in this topic"
+
+
+def _admit(state: PartitionState, batch: Batch, times: npt.NDArray[np.int64]) -> None:
+    """Admission and de-duplication of the usage rows, in the design's order; fills verdicts and times."""
+    usage, row, records = batch.usage, batch.row, batch.records
+    append_ms, log_ms = records.append_ms[row], times[row]
+    refused: Reasons = {}
+    suspect = bounds.suspects(usage)
+    faults = {at: bounds.fault(usage, at) for at in np.flatnonzero(suspect).tolist()}
+    codes, names = _encoded(usage.column("account"))
+    lanes = np.array([lane(name) for name in names], np.int64)[codes]
+    misrouted = _misrouted(state, batch, codes, names, lanes)
+    occurred = bounds.longs(usage.column("occurred_at"))
+    for at, found in faults.items():
+        if found and found[0] == "duplicate_key":
+            refused[at] = found
+    _refuse(
+        refused, misrouted, "misrouted", lambda at: f"key {records.keys[int(row[at])]!r} in partition {batch.partition}"
+    )
+    if state.directory.config is None:
+        _refuse(refused, np.ones(len(row), np.bool_), "not_open", lambda _: "it stands before log.open")
+    for at, found in faults.items():
+        if found:
+            refused.setdefault(at, found)
+    append_us = append_ms * 1000
+    _refuse(
+        refused,
+        occurred < append_us - LATE_S * 1_000_000,
+        "too_late",
+        lambda at: f"occurred {int(append_us[at] - occurred[at])} us before append, at most 34 days",
+    )
+    sources, source_names = _encoded(usage.column("source"))
+    born = np.array([_born(name) for name in source_names], np.int64)[sources]
+    _refuse(
+        refused,
+        log_ms > born + SOURCE_LIFE_S * 1000,
+        "source_expired",
+        lambda at: "the source was born more than 5 days ago",
+    )
+    _refuse(
+        refused,
+        born > log_ms + SOURCE_AHEAD_S * 1000,
+        "source_ahead",
+        lambda at: "the source is born more than a day ahead",
+    )
+    closed = _closed(state, codes[~_mask(refused, len(row))], names)
+    _refuse(
+        refused,
+        closed[codes],
+        "unknown_account",
+        lambda at: f"{names[int(codes[at])]!r} is not open: tollway account open",
+    )
+    _prices(state, usage, refused)
+    sequence = bounds.longs(usage.column("sequence"))
+    unsequenced = sequence == 0
+    outside = (occurred <= (log_ms - UNSEQUENCED_S * 1000) * 1000) | (occurred > (log_ms + AHEAD_S * 1000) * 1000)
+    _refuse(
+        refused,
+        unsequenced & outside,
+        "unsequenced_age",
+        lambda at: "unsequenced usage is taken within an hour of its call",
+    )
+    verdicts = np.zeros(len(row), np.uint8)
+    verdicts[list(refused)] = REFUSED
+    _deduplicate(state, batch, verdicts, refused, sequence, sources, source_names, lanes, append_ms)
+    batch.accepted[:] = verdicts == ACCEPTED
+    batch.verdict[row] = verdicts
+    for at, found in refused.items():
+        batch.reasons[int(row[at])] = found
+    ahead = occurred > append_us + AHEAD_S * 1_000_000
+    batch.occurred_us[:] = np.where(ahead, append_us, occurred)
+    held = usage.column("hold").is_valid().to_numpy(zero_copy_only=False)
+    batch.window_us[:] = np.where(held, occurred, np.maximum(batch.occurred_us, append_us - UNSEQUENCED_S * 1_000_000))
+    _undeclared(state, batch)
+
+
+def _born(source: str) -> int:
+    """Birth of a source; 0 where the text is no UUID (refused as `bad_id` before this matters)."""
+    try:
+        return born_ms(source)
+    except ValueError:
+        return 0
+
+
+def _mask(refused: Reasons, m: int) -> npt.NDArray[np.bool_]:
+    mask = np.zeros(m, np.bool_)
+    mask[list(refused)] = True
+    return mask
+
+
+def _refuse(refused: Reasons, mask: npt.NDArray[np.bool_], reason: str, detail: Any) -> None:
+    """The first reason wins."""
+    for at in np.flatnonzero(mask).tolist():
+        refused.setdefault(at, (reason, detail(at)))
+
+
+def _encoded(column: pa.Array) -> tuple[npt.NDArray[np.int64], list[str]]:
+    encoded = column.dictionary_encode()
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def _misrouted(
+    state: PartitionState, batch: Batch, codes: npt.NDArray[np.int64], names: list[str], lanes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Key is not the account, or the account's lane is not this partition's."""
+    known = {name.encode(): code for code, name in enumerate(names)}
+    keys = batch.records.keys
+    keyed = np.array([known.get(keys[at] or b"", -1) for at in batch.row.tolist()], np.int64)
+    misrouted: npt.NDArray[np.bool_] = (keyed != codes) | (lanes % state.partitions != state.partition)
+    return misrouted
+
+
+def _closed(state: PartitionState, codes: npt.NDArray[np.int64], names: list[str]) -> npt.NDArray[np.bool_]:
+    """[names] True where an account that admissible usage (`codes`) names is not open."""
+    closed = np.zeros(len(names), np.bool_)
+    for code in np.unique(codes).tolist():
+        closed[code] = state.directory.account(names[code]) is None
+    return closed
+
+
+def _prices(state: PartitionState, usage: pa.RecordBatch, refused: Reasons) -> None:
+    """`unknown_price`, and `price_mismatch` where the fold's own sum is not the event's revenue."""
+    column = usage.column("price_ref")
+    if column.null_count == len(column):
+        return
+    for at in np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist():
+        if at in refused:
+            continue
+        price = state.directory.prices.get(column[at].as_py())
+        if price is None:
+            refused[at] = ("unknown_price", f"{column[at].as_py()!r} is not in the price book: tollway price add")
+            continue
+        due = sum(units * price["unit_nano"].get(meter, 0) for meter, units in usage.column("quantities")[at].as_py())
+        stamped = usage.column("revenue_nano")[at].as_py(), usage.column("revenue_asset")[at].as_py()
+        if stamped != (due, price["asset"]):
+            refused[at] = ("price_mismatch", f"stamped {stamped[0]} nano {stamped[1]}, due {due} nano {price['asset']}")
+
+
+def _deduplicate(
+    state: PartitionState, batch: Batch, verdicts: npt.NDArray[np.uint8], refused: Reasons, sequence: npt.NDArray[np.int64],
+    sources: npt.NDArray[np.int64], source_names: list[str], lanes: npt.NDArray[np.int64], append_ms: npt.NDArray[np.int64],
+) -> None:  # fmt: skip
+    admitted = verdicts == ACCEPTED
+    ordered = np.flatnonzero(admitted & (sequence > 0))
+    seen = state.dedupe.sequenced(source_names, sources[ordered], lanes[ordered], sequence[ordered])
+    verdicts[ordered] = seen
+    for at in ordered[seen == REFUSED].tolist():
+        refused[at] = ("hole_closed", f"sequence {int(sequence[at])} lies below a hole that had to be closed")
+    for at in np.flatnonzero(admitted & (sequence == 0)).tolist():
+        event_id = batch.usage.column("event_id")[at].as_py()
+        verdicts[at] = state.dedupe.unsequenced(event_id, int(append_ms[at]), int(lanes[at]))
+
+
+def _undeclared(state: PartitionState, batch: Batch) -> None:
+    """Meters nobody declared: stored, not counted, alarmed."""
+    quantities = batch.usage.column("quantities")
+    names = quantities.keys.dictionary_encode().dictionary.to_pylist()
+    strange = [name for name in names if name not in state.directory.meters]
+    if strange and batch.accepted.any():
+        for pairs in quantities.filter(pa.array(batch.accepted)).to_pylist():
+            for meter, _ in pairs:
+                if meter in strange:
+                    batch.undeclared[meter] = batch.undeclared.get(meter, 0) + 1
+
+
+def _command(state: PartitionState, batch: Batch, log_ms: int) -> dict[str, Any] | None:
+    """The command of a batch of one, checked; None where it is refused or known already (the batch says which)."""
+    try:
+        command = _checked_command(state, batch.records, log_ms)
+    except _CommandRefused as refusal:
+        batch.reasons[0] = (refusal.reason, str(refusal)[:300])
+        if refusal.reason == "undecodable":
+            batch.kind[0] = POISON
+        return None
+    if command["command_id"] in state.directory.seen:
+        batch.verdict[0] = DUPLICATE
+        return None
+    batch.verdict[0] = ACCEPTED
+    return command
+
+
+class _CommandRefused(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _checked_command(state: PartitionState, records: Records, log_ms: int) -> dict[str, Any]:
+    value, key = records.values[0] or b"", records.keys[0] or b""
+    try:
+        _, command = codec.decode(value)
+    except ValueError as error:
+        raise _CommandRefused("undecodable", str(error)) from error
+    account = command["account"]
+    home = state.partition if account == BROADCAST else partition(lane(account), state.partitions)
+    if key != account.encode() or home != state.partition:
+        raise _CommandRefused("misrouted", f"key {key!r} for account {account!r} in partition {state.partition}")
+    headers = dict(records.headers[0])
+    kid, signature = headers.get(HEADER_KEY, b"").decode("ascii", "replace"), headers.get(HEADER_SIGNATURE, b"")
+    opening = command["kind"] == "log.open" and state.directory.config is None
+    if not opening and state.directory.config is None:
+        raise _CommandRefused("not_open", "it stands before log.open")
+    if opening:
+        _check_opening(state, command, signature, value)
+    elif not state.directory.signed_by(kid, signature, value):
+        raise _CommandRefused("bad_signature", f"no valid signature by key {kid!r}")
+    if abs(int(records.append_ms[0]) * 1000 - command["signed_at"]) > SIGNED_WITHIN_S * 1_000_000:
+        raise _CommandRefused("stale_command", "appended more than 10 minutes from when it was signed: sign it again")
+    try:
+        body = parse_body(command["body"])
+        check_body(command["kind"], account, body)
+    except CommandError as error:
+        raise _CommandRefused("bad_command", str(error)) from error
+    if command["kind"] == "log.open" and not opening and command["command_id"] not in state.directory.seen:
+        raise _CommandRefused("bad_command", "this log is open already")
+    if account != BROADCAST and command["kind"] != "account.open" and state.directory.account(account) is None:
+        raise _CommandRefused("unknown_account", f"{account!r} is not open: tollway account open")
+    return {**command, "body": body}
+
+
+def _check_opening(state: PartitionState, command: dict[str, Any], signature: bytes, value: bytes) -> None:
+    """`log.open` is signed by the key it names, and is of this log: whoever can name another key is stopped by settings."""
+    try:
+        body = parse_body(command["body"])
+        check_body("log.open", BROADCAST, body)
+    except CommandError as error:
+        raise _CommandRefused("bad_command", str(error)) from error
+    if not verified(body["public_key"], signature, value):
+        raise _CommandRefused("bad_signature", "log.open is not signed by the key that it names")
+    if body["epoch"] != state.epoch:
+        raise _CommandRefused("bad_command", f"log.open is of epoch {body['epoch']!r}, this log of {state.epoch!r}")
