@@ -38,7 +38,7 @@ class ClickHouseServer(Part):
             (sys.executable, "-m", "tollway.connectors.embedded.clickhouse_server", *where, *who),
             ready=self.answers,
             prepare=lambda: write_atomically(self._password_file, self.password + "\n"),
-            after=("kafka",),
+            after=("valkey",),
         )
 
     def answers(self) -> bool:

@@ -134,13 +134,13 @@ class _Meter:
 
 def _download_all(base: str, jars: list[Jar], folder: Path, progress: Progress) -> None:
     meter = _Meter(len(jars), progress)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE, "download")
+    try:
         running = [pool.submit(download, f"{base.rstrip('/')}/{jar.path}", jar, folder, meter.add) for jar in jars]
-        done, rest = wait(running, return_when=FIRST_EXCEPTION)
-        for future in rest:
-            future.cancel()
-        for future in done:
+        for future in wait(running, return_when=FIRST_EXCEPTION).done:
             future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # those under way end first: their parts stay for the next time
 
 
 def download(url: str, jar: Jar, folder: Path, count: Callable[[int, int], None] = lambda size, done: None) -> None:
