@@ -29,6 +29,18 @@ class Records:
     def __len__(self) -> int:
         return len(self.values)
 
+    def part(self, start: int, end: int) -> "Records":
+        """Records start … end - 1; itself where that is all."""
+        if start == 0 and end == len(self):
+            return self
+        return Records(
+            self.offsets[start:end],
+            self.append_ms[start:end],
+            self.keys[start:end],
+            self.values[start:end],
+            self.headers[start:end],
+        )
+
 
 @dataclass
 class Batch:

@@ -1,0 +1,129 @@
+"""usage.events → ClickHouse: the fold of group `audit`, whole blocks at a time."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import ConsumerRecord
+
+from tollway.connectors.clickhouse import AuditStore
+from tollway.schemas.topics import TICK_KEY, USAGE
+from tollway.streams.accounts import check_key, judged_stats
+from tollway.streams.audit import Audit, Block
+from tollway.streams.batch import Batch, Records
+from tollway.streams.cutter import BlockCutter
+from tollway.streams.engine import Send
+from tollway.streams.failpoint import Failpoints
+from tollway.streams.judge import cut, judge, log_times
+from tollway.streams.state import PartitionState
+
+PARTS: dict[str, Any] = {"audit": Audit}
+BLOCKS_MAX = 4
+"""Most blocks a partition takes in one turn."""
+
+Think = Callable[[Any], Awaitable[Any]]
+
+
+@dataclass
+class BlockOf:
+    """The judged batches of one block."""
+
+    state: PartitionState
+    batches: list[Batch]
+
+
+def think_audit(subject: BlockOf) -> Block:
+    """Agent audit: rows of both tables, the manifest and the chain of one block."""
+    audit: Audit = subject.state.parts["audit"]
+    return audit.block(subject.batches, subject.state.epoch)
+
+
+def judge_block(state: PartitionState, records: Records) -> list[Batch]:
+    """Judge a block's records in order, as the accounts group judges them."""
+    batches, start = [], 0
+    while start < len(records):
+        rest = records.part(start, len(records))
+        end = cut(state, rest)
+        step = state.step_of(int(log_times(state, rest)[0]))
+        if step != state.step:
+            state.enter(step)
+        batches.append(judge(state, rest.part(0, end)))
+        start += end
+    return batches
+
+
+class AuditFold:
+    """Every record, with its raw bytes and its verdict; a partition's state only ever stands between two blocks."""
+
+    group, topic, ticks, by_turn = "audit", USAGE.name, True, False
+
+    def __init__(
+        self, epoch: str, partitions: int, public_key: str, audit: Think, store: AuditStore, failpoints: Failpoints
+    ) -> None:
+        self._epoch, self._partitions, self._public_key = epoch, partitions, public_key
+        self._audit, self._store, self._fail = audit, store, failpoints
+        self._cutters: dict[int, tuple[int, int, BlockCutter, list[int]]] = {}
+
+    def load(self, partition: int, state: dict[str, Any]) -> PartitionState:
+        """Raises Fatal where the log names another first key than the settings."""
+        loaded = PartitionState.load(partition, self._partitions, self._epoch, state, PARTS)
+        check_key(loaded, self._public_key)
+        self._cutters.pop(partition, None)
+        return loaded
+
+    async def assigned(self, states: dict[int, PartitionState]) -> None:
+        """Nothing to show."""
+
+    async def revoked(self, partitions: list[int]) -> None:
+        """Forget where the fetched records were cut."""
+        for partition in partitions:
+            self._cutters.pop(partition, None)
+
+    def ready(self, state: PartitionState, stash: list[ConsumerRecord]) -> int:
+        """The whole blocks among the fetched records; each record is looked at once."""
+        begin, fed, cutter, blocks = self._cutters.get(state.partition) or (
+            state.next_offset,
+            0,
+            BlockCutter(state.log_time_ms, state.step_s * 1000),
+            [],
+        )
+        blocks += cutter.feed(
+            (record.offset, record.timestamp, len(record.value or b""), record.value is None and record.key == TICK_KEY)
+            for record in stash[fed:]
+        )
+        self._cutters[state.partition] = (begin, len(stash), cutter, blocks)
+        return sum(blocks[:BLOCKS_MAX])
+
+    async def take(self, state: PartitionState, records: Records) -> list[Block]:
+        """Judge and chain each of the blocks that `ready` counted."""
+        begin, fed, cutter, lengths = self._cutters[state.partition]
+        taken, start = [], 0
+        while start < len(records):
+            length = lengths.pop(0)
+            batches = judge_block(state, records.part(start, start + length))
+            if state.directory.config is not None:
+                check_key(state, self._public_key)
+            taken.append(await self._audit(BlockOf(state, batches)))
+            start += length
+        self._cutters[state.partition] = (begin + start, fed - start, cutter, lengths)
+        return taken
+
+    async def settle(self, effects: list[list[Block]], send: Send) -> None:
+        """One insert carries all whole blocks of the turn."""
+        blocks = [block for taken in effects for block in taken]
+        await self._store.insert(blocks)
+        self._fail.hit("audit.between_effects")
+
+    def settled(self, partition: int, state: PartitionState) -> None:
+        """Nothing to show."""
+
+    async def tend(self, states: dict[int, PartitionState]) -> None:
+        """Nothing that time brings: blocks are cut by the log."""
+
+    def may_tick(self, state: PartitionState) -> bool:
+        """Only behind log.open."""
+        return state.directory.config is not None
+
+    def stats(self, state: PartitionState) -> dict[str, Any]:
+        """For `tollway status` and `audit verify`."""
+        return {**judged_stats(state), "chain": state.parts["audit"].chain.hex(), "blocks": state.parts["audit"].blocks}

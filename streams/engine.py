@@ -1,0 +1,596 @@
+"""The loop that every fold runs on: fetch → think → effects acknowledged → checkpoint → commit (design §2.5, §3).
+
+Offsets come from checkpoints, never from commits. A crash anywhere repeats effects, which their sinks recognise. What a
+fold thinks is a function of the log; what the engine does with time (pacing, back-off, ticks) changes no result.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+
+from tollway.connectors.errors import Fatal, Refused, TollwayError, Unavailable
+from tollway.connectors.kafka import CHECKPOINT_TAIL, read_newest, started_producer
+from tollway.schemas.topics import CHECKPOINTS, TICK_KEY
+from tollway.streams import checkpoint
+from tollway.streams.batch import Records
+from tollway.streams.failpoint import Failpoints
+from tollway.streams.state import FOLD_VERSION
+
+log = logging.getLogger(__name__)
+
+FETCH_RECORDS_MAX = 20_000
+STASH_RECORDS_MAX = 40_000
+STASH_BYTES_MAX = 24 * 1024 * 1024
+"""A partition with more fetched and not yet folded than this is paused until it is below again."""
+RETRY_FIRST_S, RETRY_MAX_S = 0.2, 10.0
+REVOKE_WAIT_S = 3.0
+BLOCKED_RED_S = 30
+CLOCK_AHEAD_MAX_S = 300
+SEND_TIMEOUT_S = 30
+
+
+Message = tuple[str, int | None, bytes | None, bytes | None, Any]
+"""topic, partition, key, value, headers"""
+Send = Callable[[list[Message]], Awaitable[None]]
+
+
+class State(Protocol):
+    """What a fold keeps for a partition."""
+
+    next_offset: int
+
+    def dump(self) -> dict[str, Any]:
+        """As msgpack takes it."""
+
+
+class Fold(Protocol):
+    """One group's thinking and its effects."""
+
+    group: str
+    topic: str
+    ticks: bool
+    by_turn: bool
+    """The state is no function of the log: the checkpoint with the highest turn counts, and every write is fenced."""
+
+    def load(self, partition: int, state: dict[str, Any]) -> Any:
+        """A partition's state from its dump. Raises Fatal where it is another log's."""
+
+    async def assigned(self, states: dict[int, Any]) -> None:
+        """These partitions are ours from now on."""
+
+    async def revoked(self, partitions: list[int]) -> None:
+        """No longer ours."""
+
+    def ready(self, state: Any, stash: list[ConsumerRecord]) -> int:
+        """How many of the fetched records can be folded now."""
+
+    async def take(self, state: Any, records: Records) -> Any:
+        """Fold records into the state; returns their effects, not yet sent."""
+
+    async def settle(self, effects: list[Any], send: Send) -> None:
+        """Send effects and wait for their acknowledgement. Raises Unavailable to be called again with the same."""
+
+    def settled(self, partition: int, state: Any) -> None:
+        """All effects of the state up to its offset are acknowledged."""
+
+    async def tend(self, states: dict[int, Any]) -> None:
+        """Work that time brings, once a turn."""
+
+    def may_tick(self, state: Any) -> bool:
+        """Whether an idle partition gets a tick."""
+
+    def stats(self, state: Any) -> dict[str, Any]:
+        """Small figures for `tollway status`, carried in the checkpoint's header."""
+
+
+@dataclass
+class EngineConfig:
+    """What the engine is told. Times end in their unit."""
+
+    bootstrap: str
+    epoch: str
+    partitions: int
+    instance_id: str
+    security: dict[str, Any] = field(default_factory=dict)
+    pace_ms: int = 20
+    session_timeout_ms: int = 6_000
+    max_poll_interval_ms: int = 300_000
+    checkpoint_s: float = 10.0
+    checkpoint_records: int = 500_000
+    tick_idle_s: float = 10.0
+
+
+@dataclass
+class Owned:
+    """A partition that this worker holds."""
+
+    state: Any
+    slot: int
+    turn: int
+    due_at: float
+    stash: list[ConsumerRecord] = field(default_factory=list)
+    stash_bytes: int = 0
+    fetch_next: int = 0
+    since: int = 0
+    unsettled: bool = False
+    checkpointed: int = -1
+    heard_at: float = 0.0
+    stopped: str | None = None
+    retry_at: float = 0.0
+    retry_s: float = RETRY_FIRST_S
+    final: bool = False
+    paused: bool = False
+    size: int = 0
+
+
+class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs one fold over the partitions that its consumer group gives it. `work()` returns after `stop()`, or raises."""
+
+    def __init__(
+        self,
+        fold: Fold,
+        config: EngineConfig,
+        failpoints: Failpoints,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self.fold, self.config, self.fail = fold, config, failpoints
+        self._clock_ms = clock_ms
+        self.owned: dict[int, Owned] = {}
+        self.generation = 0
+        self.blocked: tuple[float, str] | None = None
+        self.losses: list[float] = []
+        self.events = 0
+        self._lock = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._turn: asyncio.Task[None] | None = None
+        self._fatal: BaseException | None = None
+        self._last_tick: dict[int, float] = {}
+        self.consumer: AIOKafkaConsumer | None = None
+        self.producer: AIOKafkaProducer | None = None
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    async def work(self) -> None:
+        """Fetch and fold until stopped. Raises Fatal where going on would mix or lose units."""
+        await self._start()
+        assert self.consumer is not None
+        try:
+            while not self._stopping.is_set():
+                began = time.monotonic()
+                await self._fetch()
+                self._reap()
+                if self._turn is None:
+                    self._turn = asyncio.create_task(self._one_turn(), name=f"{self.fold.group}.turn")
+                self._flow()
+                rest = self.config.pace_ms / 1000 - (time.monotonic() - began)
+                if rest > 0:
+                    await asyncio.sleep(rest)
+        finally:
+            await self._finish()
+
+    async def stop(self) -> None:
+        """Ask `work` to end: last checkpoint, offsets committed, group left."""
+        self._stopping.set()
+        self._changed.set()
+
+    def health(self) -> dict[str, Any]:
+        """Red with reasons where a partition is stopped or effects are not acknowledged; green otherwise."""
+        reasons = {str(number): owned.stopped for number, owned in self.owned.items() if owned.stopped}
+        if self.blocked and time.monotonic() - self.blocked[0] > BLOCKED_RED_S:
+            reasons["effects"] = self.blocked[1]
+        large = [number for number, owned in self.owned.items() if owned.size > checkpoint.RED_BYTES]
+        if large:
+            reasons["checkpoint"] = f"partitions {large} keep more than {checkpoint.RED_BYTES} bytes: grow the log"
+        return {
+            "group": self.fold.group,
+            "healthy": not reasons,
+            "reasons": reasons,
+            "partitions": sorted(self.owned),
+            "events": self.events,
+            "generation": self.generation,
+        }
+
+    async def _start(self) -> None:
+        config = self.config
+        self.producer = await started_producer(config.bootstrap, config.security)
+        self.consumer = AIOKafkaConsumer(
+            bootstrap_servers=config.bootstrap,
+            group_id=f"tollway.{self.fold.group}",
+            group_instance_id=f"{self.fold.group}-{config.instance_id}",
+            auto_offset_reset="none",
+            enable_auto_commit=False,
+            session_timeout_ms=config.session_timeout_ms,
+            heartbeat_interval_ms=max(100, config.session_timeout_ms // 6),
+            max_poll_interval_ms=config.max_poll_interval_ms,
+            rebalance_timeout_ms=config.max_poll_interval_ms,
+            **config.security,
+        )
+        self.consumer.subscribe([self.fold.topic], listener=self)
+        try:
+            await asyncio.wait_for(self.consumer.start(), 60)
+        except (KafkaError, TimeoutError) as error:
+            if self._fatal:
+                raise self._fatal from error
+            raise Unavailable(f"group {self.fold.group} cannot be joined: {error}") from error
+
+    async def _fetch(self) -> None:
+        assert self.consumer is not None
+        if self._fatal:
+            raise self._fatal
+        try:
+            got = await self.consumer.getmany(timeout_ms=self.config.pace_ms, max_records=FETCH_RECORDS_MAX)
+        except NoOffsetForPartitionError:
+            return  # assigned, not sought yet: the listener is on its way
+        except OffsetOutOfRangeError as error:
+            for tp, offset in error.args[0].items():
+                self._halt(
+                    tp.partition,
+                    f"offset {offset} is not in the log any more: never jump; restore or rebuild",
+                    final=True,
+                )
+            return
+        for tp, records in got.items():
+            self._stash(tp, records)
+
+    def _stash(self, tp: TopicPartition, records: list[ConsumerRecord]) -> None:
+        """Keep contiguous records only: what was fetched before a rebalance or a seek is asked for again."""
+        owned = self.owned.get(tp.partition)
+        if owned is None or owned.stopped or not records:
+            return
+        assert self.consumer is not None
+        if records[0].offset != owned.fetch_next:
+            fresh = [record for record in records if record.offset >= owned.fetch_next]
+            if not fresh or fresh[0].offset != owned.fetch_next:
+                self.consumer.seek(tp, owned.fetch_next)
+                return
+            records = fresh
+        if records[-1].timestamp > self._clock_ms() + CLOCK_AHEAD_MAX_S * 1000:
+            self._fatal = Fatal("the broker's clock is more than 5 minutes ahead of this worker's: set the clocks")
+            return
+        owned.stash.extend(records)
+        owned.stash_bytes += sum(len(record.value) for record in records if record.value)
+        owned.fetch_next = records[-1].offset + 1
+        owned.heard_at = time.monotonic()
+
+    def _flow(self) -> None:
+        """Pause what is full or stopped, resume what is not: getmany goes on either way."""
+        assert self.consumer is not None
+        for number, owned in self.owned.items():
+            full = len(owned.stash) > STASH_RECORDS_MAX or owned.stash_bytes > STASH_BYTES_MAX
+            wanted = bool(full or owned.stopped)
+            if wanted != owned.paused:
+                owned.paused = wanted
+                tp = TopicPartition(self.fold.topic, number)
+                try:
+                    (self.consumer.pause if wanted else self.consumer.resume)(tp)
+                except IllegalStateError:
+                    return  # a rebalance is under way: the next assignment starts afresh
+
+    def _reap(self) -> None:
+        if self._turn is not None and self._turn.done():
+            turn, self._turn = self._turn, None
+            if not turn.cancelled() and (error := turn.exception()) is not None:
+                raise error
+
+    # -- one turn ----------------------------------------------------------------------------------------------------
+
+    async def _one_turn(self) -> None:
+        async with self._lock:
+            generation = self.generation
+            self._changed.clear()
+            await self._retry_stopped()
+            effects: list[Any] = []
+            worked: list[int] = []
+            for number in list(self.owned):
+                await self._think(number, effects, worked)
+            if worked:
+                self.fail.hit(f"{self.fold.group}.before_effects")
+                if not await self._settle(effects, generation):
+                    return
+                self.fail.hit(f"{self.fold.group}.after_effects")
+                for number in worked:
+                    self.owned[number].unsettled = False
+                    self.fold.settled(number, self.owned[number].state)
+            await self.fold.tend({number: owned.state for number, owned in self.owned.items() if not owned.stopped})
+            await self._checkpoint_due()
+            await self._tick()
+
+    async def _think(self, number: int, effects: list[Any], worked: list[int]) -> None:
+        owned = self.owned[number]
+        if owned.stopped or not owned.stash:
+            return
+        try:
+            count = self.fold.ready(owned.state, owned.stash)
+            if not count:
+                return
+            taken = owned.stash[:count]
+            owned.unsettled = True
+            effects.append(await self.fold.take(owned.state, as_records(taken)))
+        except Exception as error:
+            log.exception("%s: partition %d cannot go on", self.fold.group, number)
+            self._halt(number, f"{type(error).__name__}: {error}")
+            return
+        del owned.stash[:count]
+        owned.stash_bytes -= sum(len(record.value) for record in taken if record.value)
+        owned.since += count
+        owned.retry_s = RETRY_FIRST_S
+        self.events += count
+        worked.append(number)
+        await asyncio.sleep(0)
+
+    async def _settle(self, effects: list[Any], generation: int) -> bool:
+        """Send until acknowledged; False where the partitions went away meanwhile."""
+        delay_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self.fold.settle(effects, self.send)
+            except Unavailable as error:
+                self.blocked = self.blocked or (time.monotonic(), str(error))
+                log.warning("%s: effects not acknowledged, again in %.1f s: %s", self.fold.group, delay_s, error)
+            else:
+                self.blocked = None
+                return generation == self.generation
+            try:
+                await asyncio.wait_for(self._changed.wait(), delay_s)
+            except TimeoutError:
+                delay_s = min(delay_s * 2, RETRY_MAX_S)
+            if generation != self.generation or self._stopping.is_set():
+                return False
+
+    def _halt(self, number: int, reason: str, *, final: bool = False) -> None:
+        """Stop one partition, red; the others go on. Its state is doubtful: it is loaded again before a retry."""
+        owned = self.owned.get(number)
+        if owned is None or owned.stopped:
+            return
+        log.error("%s: partition %d stopped: %s", self.fold.group, number, reason)
+        owned.stopped, owned.final = reason, final
+        owned.stash.clear()
+        owned.stash_bytes = 0
+        owned.retry_at = time.monotonic() + owned.retry_s
+        owned.retry_s = min(owned.retry_s * 4, 60.0)
+
+    async def _retry_stopped(self) -> None:
+        due = [n for n, o in self.owned.items() if o.stopped and not o.final and o.retry_at <= time.monotonic()]
+        if not due:
+            return
+        assert self.consumer is not None
+        before = {number: self.owned[number] for number in due}
+        await self._load(due)
+        for number in due:
+            self.owned[number].retry_s = before[number].retry_s
+            self.owned[number].paused = before[number].paused
+        await self.fold.assigned({number: self.owned[number].state for number in due})
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    async def _checkpoint_due(self) -> None:
+        now = time.monotonic()
+        for number, owned in self.owned.items():
+            due = now >= owned.due_at or owned.since >= self.config.checkpoint_records
+            if due and not owned.stopped and owned.state.next_offset != owned.checkpointed:
+                await self.save(number)
+
+    async def save(self, number: int) -> None:
+        """Write one partition's state and wait for the broker. Raises Unavailable."""
+        owned = self.owned[number]
+        self.fail.hit(f"{self.fold.group}.before_checkpoint")
+        owned.turn += 1
+        records = checkpoint.encode(
+            group=self.fold.group,
+            epoch=self.config.epoch,
+            partition=number,
+            slot=owned.slot,
+            next_offset=owned.state.next_offset,
+            turn=owned.turn,
+            written_ms=self._clock_ms(),
+            fold_version=FOLD_VERSION,
+            stats=self.fold.stats(owned.state),
+            state=owned.state.dump(),
+        )
+        owned.size = sum(len(value) for _, value in records)
+        offset = owned.state.next_offset
+        await self.write_checkpoint(number, records)
+        self.fail.hit(f"{self.fold.group}.after_checkpoint")
+        owned.slot = (owned.slot + 1) % checkpoint.SLOTS
+        owned.checkpointed, owned.since = offset, 0
+        owned.due_at = time.monotonic() + self.config.checkpoint_s
+        await self._commit(number, offset)
+
+    async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
+        """Append checkpoint records and wait; folds with fenced checkpoints bring their own writer."""
+        writer = getattr(self.fold, "write_checkpoint", None)
+        if writer is not None:
+            await writer(number, records)
+            return
+        await self.send([(CHECKPOINTS.name, number, key, value, ()) for key, value in records])
+
+    async def send(self, records: list[Message]) -> None:
+        """Append (topic, partition, key, value, headers) in order and wait for all. Raises Unavailable."""
+        assert self.producer is not None
+        try:
+            sent = [
+                await self.producer.send(topic, value, key=key, partition=partition, headers=list(headers))
+                for topic, partition, key, value, headers in records
+            ]
+            await asyncio.wait_for(asyncio.gather(*sent), SEND_TIMEOUT_S)
+        except (KafkaError, TimeoutError) as error:
+            await self._renew_producer()
+            raise Unavailable(f"Kafka did not acknowledge: {type(error).__name__} {error}") from error
+
+    async def _renew_producer(self) -> None:
+        """An idempotent producer that failed once may be dead for good."""
+        old, self.producer = self.producer, None
+        if old is not None:
+            try:
+                await asyncio.wait_for(old.stop(), 2)
+            except (KafkaError, TimeoutError) as error:
+                log.warning("%s: the failed producer did not stop: %s", self.fold.group, error)
+        self.producer = await started_producer(self.config.bootstrap, self.config.security)
+
+    async def _commit(self, number: int, offset: int) -> None:
+        """For lag displays alone."""
+        assert self.consumer is not None
+        try:
+            await self.consumer.commit({TopicPartition(self.fold.topic, number): offset})
+        except (KafkaError, IllegalStateError) as error:
+            log.warning("%s: offset of partition %d not committed: %s", self.fold.group, number, error)
+
+    async def _tick(self) -> None:
+        if not self.fold.ticks:
+            return
+        now = time.monotonic()
+        idle = [
+            number
+            for number, owned in self.owned.items()
+            if not owned.stopped
+            and not owned.stash
+            and now - max(owned.heard_at, self._last_tick.get(number, 0.0)) >= self.config.tick_idle_s
+            and self.fold.may_tick(owned.state)
+        ]
+        if idle:
+            await self.send([(self.fold.topic, number, TICK_KEY, None, ()) for number in idle])
+            self._last_tick.update(dict.fromkeys(idle, now))
+
+    # -- assignment --------------------------------------------------------------------------------------------------
+
+    async def on_partitions_revoked(self, revoked: list[TopicPartition]) -> None:
+        """Finish or abandon the turn, checkpoint what is settled, let go: within 5 s."""
+        self.generation += 1
+        self._changed.set()
+        if revoked and not self._stopping.is_set():
+            self._count_loss()
+        await self._end_turn()
+        async with self._lock:
+            await self._let_go()
+
+    async def on_partitions_assigned(self, assigned: list[TopicPartition]) -> None:
+        """Load all partitions at once and seek to their checkpoints' next offsets."""
+        async with self._lock:
+            self.generation += 1
+            try:
+                await self._load(sorted(tp.partition for tp in assigned))
+                await self.fold.assigned({number: owned.state for number, owned in self.owned.items()})
+            except TollwayError as error:
+                self._fatal = error  # raised by the next fetch: a listener's exception would only be logged
+
+    async def _end_turn(self) -> None:
+        if self._turn is None:
+            return
+        _, late = await asyncio.wait({self._turn}, timeout=REVOKE_WAIT_S)
+        for turn in late:
+            turn.cancel()
+            await asyncio.wait({turn}, timeout=1)
+
+    async def _let_go(self) -> None:
+        for number, owned in self.owned.items():
+            if owned.stopped or owned.unsettled or owned.state.next_offset == owned.checkpointed:
+                continue
+            try:
+                await self.save(number)
+            except TollwayError as error:
+                log.warning("%s: no last checkpoint of partition %d: %s", self.fold.group, number, error)
+        gone = list(self.owned)
+        self.owned = {}
+        await self.fold.revoked(gone)
+
+    async def _load(self, partitions: list[int]) -> None:
+        if not partitions:
+            return
+        assert self.consumer is not None
+        await self._before_load(partitions)
+        found = await self._newest(partitions)
+        now = time.monotonic()
+        for place, number in enumerate(partitions):
+            loaded = found[number]
+            state = self.fold.load(number, loaded.state)
+            stagger_s = self.config.checkpoint_s * (place + 1) / len(partitions)
+            self.owned[number] = Owned(
+                state=state,
+                slot=(loaded.slot + 1) % checkpoint.SLOTS,
+                turn=loaded.turn,
+                due_at=now + stagger_s,
+                fetch_next=state.next_offset,
+                checkpointed=state.next_offset,
+                heard_at=now,
+                size=loaded.size,
+            )
+            self.consumer.seek(TopicPartition(self.fold.topic, number), state.next_offset)
+
+    async def _before_load(self, partitions: list[int]) -> None:
+        """Folds with fenced checkpoints shut out the former owner before they read."""
+        fence = getattr(self.fold, "fence", None)
+        if fence is not None:
+            await fence(partitions)
+
+    async def _newest(self, partitions: list[int]) -> dict[int, checkpoint.Checkpoint]:
+        """Newest valid checkpoints: looked for in the tail first, then in all there is."""
+        found: dict[int, checkpoint.Checkpoint] = {}
+        seen: dict[int, list[tuple[bytes, bytes]]] = {}
+        for tail in (CHECKPOINT_TAIL, None):
+            missing = [number for number in partitions if number not in found]
+            if not missing:
+                break
+            seen = await read_newest(
+                self.config.bootstrap,
+                self.config.security,
+                CHECKPOINTS.name,
+                missing,
+                tail,
+                committed=self.fold.by_turn,
+            )
+            for number in missing:
+                newest = checkpoint.newest(
+                    seen[number], self.fold.group, self.config.epoch, number, by_turn=self.fold.by_turn
+                )
+                if newest is not None:
+                    found[number] = newest
+        for number in partitions:
+            if number not in found:
+                others = checkpoint.epochs(seen.get(number, []), self.fold.group, number) - {self.config.epoch}
+                raise Refused(
+                    f"group {self.fold.group} has no valid checkpoint for partition {number} of log {self.config.epoch}"
+                    + (
+                        f", only of {', '.join(sorted(others))}: this is another log than the checkpoint's"
+                        if others
+                        else ""
+                    )
+                    + ": run `tollway topics create` for a new log, `tollway rebuild` for an old one"
+                )
+        return found
+
+    def _count_loss(self) -> None:
+        """aiokafka does not notice a twin with our instance id: they steal from each other for ever."""
+        now = time.monotonic()
+        self.losses = [at for at in self.losses if now - at < 60] + [now]
+        if len(self.losses) > 12:
+            self._fatal = Fatal("partitions were lost more than 12 times in a minute: is there a twin of this replica?")
+
+    async def _finish(self) -> None:
+        await self._end_turn()
+        async with self._lock:
+            await self._let_go()
+        for part in (self.consumer, self.producer):
+            if part is not None:
+                try:
+                    await asyncio.wait_for(part.stop(), 3)
+                except (KafkaError, TimeoutError) as error:
+                    log.warning("%s: %s did not stop cleanly: %s", self.fold.group, type(part).__name__, error)
+
+
+def as_records(records: list[ConsumerRecord]) -> Records:
+    """The broker's records as columns."""
+    return Records(
+        offsets=np.array([record.offset for record in records], np.int64),
+        append_ms=np.array([record.timestamp for record in records], np.int64),
+        keys=[record.key for record in records],
+        values=[record.value for record in records],
+        headers=[record.headers for record in records],
+    )
