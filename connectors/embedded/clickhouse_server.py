@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import lz4.frame  # type: ignore[import-untyped]
 import zstandard
@@ -67,33 +68,53 @@ COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
 }
 
 
+class _Unzstd:
+    """zstandard's decompressor in the shape of zlib's and lz4's."""
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self.eof, self.unused_data = False, b""
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        out, size, step = [], 0, 1 << 12  # small steps: each may grow thirty thousand times
+        for at in range(0, len(data), step):
+            out.append(self._frame.decompress(data[at : at + step]))
+            size += len(out[-1])
+            if self._frame.eof:
+                self.eof, self.unused_data = True, self._frame.unused_data + data[at + step :]
+            if self._frame.eof or size > limit:
+                break
+        return b"".join(out)
+
+
+DECOMPRESS: Mapping[str, Callable[[], Any]] = {
+    "lz4": lz4.frame.LZ4FrameDecompressor,
+    "zstd": _Unzstd,
+    "gzip": lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16),
+    "deflate": zlib.decompressobj,
+}
+
+
 def decompress(data: bytes, encoding: str, limit: int = BODY_MAX_BYTES) -> bytes:
-    """The body as it was before its Content-Encoding. Raises EngineError (271, 307, 48)."""
-    try:
-        match encoding:
-            case "" | "identity":
-                out, whole = data, True
-            case "lz4":
-                frame = lz4.frame.LZ4FrameDecompressor()
-                out = frame.decompress(data, max_length=limit)
-                whole = frame.eof
-            case "zstd":
-                with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
-                    out = reader.read(limit)
-                    whole = not reader.read(1)
-            case "gzip" | "deflate":
-                inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-                out = inflate.decompress(data, limit)
-                whole = inflate.eof
-            case _:
-                raise refuse("NOT_IMPLEMENTED", f"Unknown Content-Encoding {encoding}: use lz4, zstd, gzip or deflate")
-    except (RuntimeError, zstandard.ZstdError, zlib.error) as e:
-        raise refuse("CANNOT_DECOMPRESS", f"The body is not {encoding}: {e}") from e
-    if not whole and len(out) < limit:
-        raise refuse("CANNOT_DECOMPRESS", f"The body's {encoding} data ends too early")
-    if not whole:
-        raise refuse("TOO_MANY_BYTES", f"The body is larger than {limit} bytes when decompressed")
-    return out
+    """The body as it was before its Content-Encoding. Raises EngineError (48, 271, 307)."""
+    if encoding in ("", "identity"):
+        return data
+    if encoding not in DECOMPRESS:
+        raise refuse("NOT_IMPLEMENTED", f"Unknown Content-Encoding {encoding}: use one of {', '.join(DECOMPRESS)}")
+    out, size = [], 0
+    while data:
+        frame = DECOMPRESS[encoding]()
+        try:
+            out.append(frame.decompress(data, limit + 1 - size))
+        except (RuntimeError, zstandard.ZstdError, zlib.error) as e:
+            raise refuse("CANNOT_DECOMPRESS", f"The body is not {encoding}: {e}") from e
+        size += len(out[-1])
+        if size > limit:
+            raise refuse("TOO_MANY_BYTES", f"The body is larger than {limit} bytes when decompressed")
+        if not frame.eof:
+            raise refuse("CANNOT_DECOMPRESS", f"The body's {encoding} data ends too early")
+        data = frame.unused_data
+    return out[0] if len(out) == 1 else b"".join(out)
 
 
 def credentials(headers: Mapping[str, str], params: Mapping[str, str]) -> tuple[str, str]:
