@@ -1,0 +1,301 @@
+"""The oracle: folds the log and the writers' journals by itself, and says to the unit where the pipeline disagrees.
+
+Separate code on purpose: it imports nothing of tollway. `python -m tests.oracle --data DIR --journals DIR --json`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.oracle_book import Book, Total, scopes_of, window_end, window_start
+from tests.oracle_fold import Oracle
+from tests.oracle_journal import Journal, check_journals, read_journals
+from tests.oracle_log import Log
+from tests.oracle_sides import (
+    ClickHouse,
+    as_the_view,
+    dead_letters,
+    meter_events,
+    redis_totals,
+    stripe_events,
+)
+
+SHOWN_MAX = 20
+DAY_S = 86_400
+
+
+@dataclass
+class Verdict:
+    """What was compared and every difference found. `reconciled` is their absence."""
+
+    records: int = 0
+    accepted: int = 0
+    duplicates: int = 0
+    dead_letters: dict[str, int] = field(default_factory=dict)
+    redis_totals: int = 0
+    redis_units: int = 0
+    clickhouse_rows: int = 0
+    clickhouse_totals: int = 0
+    meter_events: int = 0
+    stripe_events: int = 0
+    stripe_units: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def reconciled(self) -> bool:
+        return not self.differences
+
+
+@dataclass
+class Actual:
+    """What the sides hold, read at one time."""
+
+    redis: dict[Total, int]
+    rows: dict[tuple[int, int], dict[str, Any]]
+    totals: dict[Total, int]
+    stripe: list[dict[str, Any]]
+    dead: dict[tuple[int, int], tuple[str, bytes | None]]
+    meter_events: dict[str, dict[str, Any]]
+    wrong: list[str] = field(default_factory=list)
+
+
+def compare(side: str, expected: dict[Any, Any], actual: dict[Any, Any]) -> list[str]:
+    """Both directions; a total of zero and none are the same."""
+    return [
+        f"{side}: {key} is {actual.get(key)!r}, must be {expected.get(key)!r}"
+        for key in expected.keys() | actual.keys()
+        if (expected.get(key) or 0) != (actual.get(key) or 0)
+    ]
+
+
+def compare_redis(book: Book, actual: dict[Total, int]) -> list[str]:
+    """Fields go a day after their window: until then they must be there, afterwards they may be, with the same total."""
+    now_s = min(book.log_time_ms.values()) // 1000
+    gone = {
+        total
+        for total in book.used
+        if total not in actual and (end := window_end(total[3], total[4])) is not None and end + DAY_S <= now_s
+    }
+    return compare("redis", {total: units for total, units in book.used.items() if total not in gone}, actual)
+
+
+def compare_rows(book: Book, actual: dict[tuple[int, int], dict[str, Any]]) -> list[str]:
+    """The view shows accepted usage: each row once, each field as it was sent."""
+    expected = {(row.record.partition, row.record.offset): row.event for row in book.rows}
+    wrong = [f"clickhouse: {at} is missing" for at in expected.keys() - actual.keys()]
+    wrong += [f"clickhouse: {at} is not accepted usage" for at in actual.keys() - expected.keys()]
+    for at in expected.keys() & actual.keys():
+        shown = as_the_view(expected[at])
+        wrong += [
+            f"clickhouse: {at} {name} is {actual[at][name]!r}, must be {value!r}"
+            for name, value in shown.items()
+            if actual[at][name] != value
+        ]
+    return wrong
+
+
+def expected_totals(book: Book) -> dict[Total, int]:
+    """Every meter x window x scope of what counts, by occurred_at as sent: more than any policy asks for."""
+    totals: dict[Total, int] = defaultdict(int)
+    for row in book.rows:
+        event = row.event
+        if event["status"] not in ("ok", "error"):
+            continue
+        at_s = event["occurred_at"] // 10**6
+        scopes = {scopes_of(event, kind) for kind in ("acct", "principal", "agent", "sess", "run")} - {None}
+        for window in ("m", "h", "d", "M"):
+            start = window_start(window, at_s)
+            for meter, units in event["quantities"].items():
+                for scope in scopes:
+                    totals[event["account"], str(scope), meter, window, start] += units
+    return totals
+
+
+def compare_stripe(book: Book, events: list[dict[str, Any]]) -> list[str]:
+    """Each identifier's own value; and, whatever was flushed when, units by customer, meter and minute."""
+    expected = {
+        identifier: (delta.customer, delta.event_name, delta.units, delta.last_us // 10**6)
+        for identifier, delta in book.deltas.items()
+        if delta.units
+    }
+    actual = {
+        event["identifier"]: (event["customer"], event["event_name"], event["value"], event["timestamp"])
+        for event in events
+        if event["value"]
+    }
+    twice = Counter(event["identifier"] for event in events)
+    wrong = [f"stripe: {identifier} stands {count} times" for identifier, count in twice.items() if count > 1]
+    minutes: dict[tuple[str, str, int], int] = defaultdict(int)
+    for event in events:
+        minutes[event["customer"], event["event_name"], event["timestamp"] // _bucket_s(book)] += event["value"]
+    return wrong + compare("stripe", expected, actual) + compare("stripe minute", _billed_minutes(book), minutes)
+
+
+def _bucket_s(book: Book) -> int:
+    return max(60, int(book.config["billing_window_s"]))
+
+
+def _billed_minutes(book: Book) -> dict[tuple[str, str, int], int]:
+    """From the accepted rows alone: no flush, no delta, no identifier."""
+    units_by: dict[tuple[str, str, int], int] = defaultdict(int)
+    for row in book.rows:
+        customer = row.customer or book.bound.get(row.event["account"])
+        if row.event["status"] != "ok" or row.event["rail"] is not None or customer is None:
+            continue
+        for meter, units in row.event["quantities"].items():
+            name = book.meters.get(meter)
+            if name is not None:
+                units_by[customer, name, row.billed_us // 10**6 // _bucket_s(book)] += units
+    return units_by
+
+
+def compare_meter_events(book: Book, events: dict[str, dict[str, Any]]) -> list[str]:
+    """Our own meter events in Kafka against the deltas."""
+    expected = {key: (d.customer, d.units, d.last_us) for key, d in book.deltas.items() if d.units}
+    actual = {key: (e["customer"], e["units"], e["last_occurred_at"]) for key, e in events.items() if e["units"]}
+    return compare("meter events", expected, actual)
+
+
+def judge(
+    book: Book, journals: list[Journal], actual: Actual, original: dict[tuple[int, int], bytes | None]
+) -> Verdict:
+    """Everything against everything."""
+    verdict = Verdict(
+        records=book.records,
+        accepted=len(book.rows),
+        duplicates=sum(1 for found in book.verdicts.values() if found == "duplicate"),
+        dead_letters=dict(Counter(book.dead.values())),
+        redis_totals=len(actual.redis),
+        redis_units=sum(
+            u for (_, scope, meter, w, _), u in actual.redis.items() if (scope, meter, w) == ("acct", "calls", "M")
+        ),
+        clickhouse_rows=len(actual.rows),
+        clickhouse_totals=len(actual.totals),
+        meter_events=len(actual.meter_events),
+        stripe_events=len(actual.stripe),
+        stripe_units=sum(event["value"] for event in actual.stripe),
+    )
+    letters = {at: (reason, original.get(at)) for at, reason in book.dead.items()}
+    verdict.differences = [
+        *actual.wrong,
+        *check_journals(journals, book),
+        *compare_redis(book, actual.redis),
+        *compare_rows(book, actual.rows),
+        *compare("clickhouse totals", expected_totals(book), actual.totals),
+        *compare_meter_events(book, actual.meter_events),
+        *compare_stripe(book, actual.stripe),
+        *compare("dead letters", letters, actual.dead),
+    ]
+    return verdict
+
+
+class Court:
+    """The oracle at work on one stack: follows the log, waits until the sides can agree, then compares."""
+
+    def __init__(self, endpoints: dict[str, Any], journals: Path) -> None:
+        self.endpoints, self.journals = endpoints, journals
+        bootstrap = endpoints["kafka_bootstrap"]
+        self.log = Log(bootstrap, "usage.events", gapless=True)
+        self.letters, self.events = Log(bootstrap, "dead.letters"), Log(bootstrap, "billing.meter_events", gapless=True)
+        self.oracle = Oracle(self.log.partitions)
+        self.original: dict[tuple[int, int], bytes | None] = {}
+        self.letter_records, self.event_records = [], []  # type: ignore[var-annotated]
+        self.clickhouse = ClickHouse(endpoints)
+
+    @property
+    def book(self) -> Book:
+        return self.oracle.book
+
+    def follow(self) -> list[Any]:
+        """Fold what has been appended; returns those records."""
+        records = self.log.read()
+        self.oracle.feed(records)
+        dead = self.book.dead
+        self.original.update({(r.partition, r.offset): r.value for r in records if (r.partition, r.offset) in dead})
+        return records
+
+    def look(self) -> Actual:
+        """Read every side."""
+        self.letter_records += self.letters.read()
+        self.event_records += self.events.read()
+        totals, wrong = redis_totals(self.endpoints["redis_url"])
+        dead, wrong_letters = dead_letters(self.letter_records, self.book.config["epoch"])
+        events, wrong_events = meter_events(self.event_records)
+        sums: dict[Total, int] = {}
+        for window in ("m", "h", "d", "M"):
+            for scope in ("acct", "principal", "agent", "sess", "run"):
+                sums |= self.clickhouse.totals(window, scope)
+        return Actual(
+            redis=totals,
+            rows=self.clickhouse.rows(),
+            totals=sums,
+            stripe=stripe_events(self.endpoints["stripe_url"]),
+            dead=dead,
+            meter_events=events,
+            wrong=wrong + wrong_letters + wrong_events,
+        )
+
+    def is_settled(self) -> bool:
+        """Cheap: the last delta is at Stripe and the view holds as many rows as the log. Agreement is not asked."""
+        self.follow()
+        if self.oracle.still_open():
+            return False
+        due = sum(1 for delta in self.book.deltas.values() if delta.units)
+        sent = sum(1 for event in stripe_events(self.endpoints["stripe_url"]) if event["value"])
+        return sent >= due and self.clickhouse.count() >= len(self.book.rows)
+
+    def verdict(self, deadline_s: float, progress: Callable[[str], None] = lambda line: None) -> Verdict:
+        """Wait until everything has settled, or the deadline; then the comparison, repeated while it still improves."""
+        until = time.monotonic() + deadline_s
+        while not self.is_settled() and time.monotonic() < until:
+            progress(f"settling: {self.oracle.still_open()} deltas open, {len(self.book.deltas)} due")
+            time.sleep(1.0)
+        found = self._compare()
+        while not found.reconciled and time.monotonic() < until:
+            progress(f"settling: {len(found.differences)} differences")
+            time.sleep(2.0)
+            found = self._compare()
+        return found
+
+    def _compare(self) -> Verdict:
+        actual = self.look()
+        self.follow()
+        return judge(self.book, read_journals(self.journals), actual, self.original)
+
+    def close(self) -> None:
+        for log in (self.log, self.letters, self.events):
+            log.close()
+        self.clickhouse.close()
+
+
+def endpoints_of(data: Path) -> dict[str, Any]:
+    """Where the stack in a data folder is."""
+    found: dict[str, Any] = json.loads((data / "stack.json").read_text())["endpoints"]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="data folder of a running stack")
+    parser.add_argument("--journals", type=Path, required=True, help="folder of the writers' journals")
+    parser.add_argument("--deadline", type=float, default=120.0, help="seconds to wait for everything to settle")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    court = Court(endpoints_of(arguments.data), arguments.journals)
+    try:
+        found = court.verdict(arguments.deadline, lambda line: print(line, file=sys.stderr))
+    finally:
+        court.close()
+    shown = {**asdict(found), "reconciled": found.reconciled, "differences": found.differences[:SHOWN_MAX]}
+    print(json.dumps(shown) if arguments.json else "\n".join(f"{key}: {value}" for key, value in shown.items()))
+    return 0 if found.reconciled else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A topic read to its end, as often as wanted, with confluent-kafka and explicit partitions: no group, no commits."""
+
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, KafkaException, TopicPartition
+
+from tests.oracle_book import Record
+
+STALLED_S = 30.0
+"""No record within this time before the end: the broker is not answering."""
+
+
+class Log:
+    """One topic from its first record on. `read()` returns what has been appended since the last call."""
+
+    def __init__(self, bootstrap: str, topic: str, gapless: bool = False) -> None:
+        self.topic, self.gapless = topic, gapless
+        self.consumer = Consumer(
+            {
+                "bootstrap.servers": bootstrap,
+                "group.id": "oracle",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "error",
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed",
+                "fetch.message.max.bytes": 16_777_216,
+            }
+        )
+        listed = self.consumer.list_topics(topic, timeout=15).topics[topic]
+        if listed.error:
+            raise KafkaException(listed.error)
+        self.partitions = len(listed.partitions)
+        self.next = dict.fromkeys(range(self.partitions), 0)
+        self.consumer.assign([TopicPartition(topic, number, 0) for number in range(self.partitions)])
+
+    def ends(self) -> dict[int, int]:
+        """High watermark of every partition, asked of the broker."""
+        return {
+            number: self.consumer.get_watermark_offsets(TopicPartition(self.topic, number), timeout=15)[1]
+            for number in range(self.partitions)
+        }
+
+    def read(self) -> list[Record]:
+        """Records appended up to the ends as they are now, each partition's in offset order."""
+        missing = {number for number, end in self.ends().items() if end > self.next[number]}
+        ends, found = self.ends(), []
+        while missing:
+            messages = self.consumer.consume(10_000, STALLED_S)
+            if not messages:
+                raise TimeoutError(f"{self.topic}: nothing for {STALLED_S} s before the end of {sorted(missing)}")
+            for message in messages:
+                number = message.partition()
+                if message.error() is None:
+                    found.append(self._record(message))
+                    self.next[number] = message.offset() + 1
+                elif message.error().code() == KafkaError._PARTITION_EOF:
+                    self.next[number] = max(self.next[number], message.offset())
+                else:
+                    raise KafkaException(message.error())
+                if self.next[number] >= ends[number]:
+                    missing.discard(number)
+        return found
+
+    def _record(self, message) -> Record:  # type: ignore[no-untyped-def]
+        kind, append_ms = message.timestamp()
+        if kind != TIMESTAMP_LOG_APPEND_TIME:
+            raise AssertionError(f"{self.topic} must carry log append times")
+        number, offset = message.partition(), message.offset()
+        if self.gapless and offset != self.next[number]:
+            raise AssertionError(f"{self.topic}/{number}: offset {offset} follows {self.next[number] - 1}")
+        headers = tuple((name, value or b"") for name, value in message.headers() or ())
+        return Record(number, offset, append_ms, message.key(), message.value(), headers)
+
+    def close(self) -> None:
+        self.consumer.close()

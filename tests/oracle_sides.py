@@ -1,0 +1,163 @@
+"""What Redis, ClickHouse, Stripe and the dead letters say, each in the words of the oracle's book."""
+
+import io
+import json
+import urllib.request
+from collections import defaultdict
+from typing import Any
+
+import clickhouse_connect
+import fastavro
+import redis
+
+from tests.oracle_book import Record, Total, stripe_identifier
+from tests.oracle_wire import METER_EVENT_ID, SCHEMA, lane
+
+SCAN = 2_000
+PIPELINE = 500
+USAGE_VIEW = "usage"
+NULLABLE = (
+    "agent", "session", "run", "parent", "hold", "rail", "price_ref", "revenue_nano", "revenue_asset",
+    "cost_nano", "cost_asset", "payment_ref", "provider", "model", "trace_id",
+)  # fmt: skip
+PLAIN = (
+    "event_id", "source", "sequence", "surface", "operation", "account", "principal_kind", "principal", "status",
+    "latency_us", "quantities",
+)  # fmt: skip
+WINDOW_SQL = {
+    "m": "toStartOfMinute(occurred_at)",
+    "h": "toStartOfHour(occurred_at)",
+    "d": "toStartOfDay(occurred_at)",
+    "M": "toDateTime(toStartOfMonth(occurred_at), 'UTC')",
+}
+SCOPE_SQL = {
+    "acct": "'acct'",
+    "principal": "concat(multiIf(principal_kind = 'anonymous', 'anon', principal_kind), ':', principal)",
+    "agent": "if(empty(agent), '', concat('agent:', agent))",
+    "sess": "if(empty(session), '', concat('sess:', session))",
+    "run": "if(empty(run), '', concat('run:', run))",
+}
+
+
+def redis_totals(url: str) -> tuple[dict[Total, int], list[str]]:
+    """Every ` u` field of every `s:` hash, and what is wrong with their keys."""
+    client = redis.Redis.from_url(url, decode_responses=True)
+    found: dict[Total, int] = {}
+    wrong: list[str] = []
+    keys = list(client.scan_iter("tw:{*}:s:*", count=SCAN))
+    for start in range(0, len(keys), PIPELINE):
+        pipe = client.pipeline(transaction=False)
+        stretch = keys[start : start + PIPELINE]
+        for key in stretch:
+            pipe.hgetall(key)
+        for key, fields in zip(stretch, pipe.execute(), strict=True):
+            account, scope = key.split(":s:", 1)[1].split("~", 1)
+            if not key.startswith(f"tw:{{{lane(account):03d}}}:"):
+                wrong.append(f"redis: {key} is not in the lane of its account")
+            for name, text in fields.items():
+                if name.endswith(" u"):
+                    meter, window = name[:-2].split(" ")
+                    kind, start_s = window.split(":")
+                    found[account, scope, meter, kind, int(start_s)] = int(text)
+    client.close()
+    return found, wrong
+
+
+class ClickHouse:
+    """The analyst's view."""
+
+    def __init__(self, endpoints: dict[str, Any]) -> None:
+        self.client = clickhouse_connect.get_client(
+            host=endpoints["clickhouse_host"],
+            port=endpoints["clickhouse_port"],
+            username=endpoints["clickhouse_user"],
+            password=endpoints["clickhouse_password"],
+            database=endpoints["clickhouse_database"],
+            autogenerate_session_id=False,
+        )
+
+    def count(self) -> int:
+        return int(self.client.query(f"SELECT count() FROM {USAGE_VIEW}").result_rows[0][0])
+
+    def rows(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """(partition, offset) → the event as the view has it; an empty text stands for null there."""
+        columns = [*PLAIN, *NULLABLE, "path", "attributes"]
+        answer = self.client.query(
+            f"SELECT kafka_partition, kafka_offset, toUnixTimestamp64Micro(occurred_at), {', '.join(columns)}"
+            f" FROM {USAGE_VIEW}"
+        )
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for partition, offset, occurred, *values in answer.result_rows:
+            if (partition, offset) in found:
+                raise AssertionError(f"view {USAGE_VIEW} shows {partition}/{offset} twice")
+            found[partition, offset] = {"occurred_at": occurred, **dict(zip(columns, values, strict=True))}
+        return found
+
+    def totals(self, window: str, scope: str) -> dict[Total, int]:
+        """Σ units of what counts, by account, scope, meter and the window of occurred_at, added up by the engine."""
+        answer = self.client.query(
+            f"SELECT account, {SCOPE_SQL[scope]} AS scope, meter, toUnixTimestamp({WINDOW_SQL[window]}) AS start,"
+            f" sum(units) FROM {USAGE_VIEW} ARRAY JOIN mapKeys(quantities) AS meter, mapValues(quantities) AS units"
+            " WHERE status IN ('ok', 'error') AND scope != '' GROUP BY account, scope, meter, start"
+        )
+        return {
+            (account, of, meter, window, start): int(units) for account, of, meter, start, units in answer.result_rows
+        }
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def as_the_view(event: dict[str, Any]) -> dict[str, Any]:
+    """An event as the view shows it: null texts are empty, null collections too."""
+    shown = {name: event[name] for name in ("occurred_at", *PLAIN)}
+    for name in NULLABLE:
+        shown[name] = "" if event[name] is None and not name.endswith("_nano") else event[name]
+    return {**shown, "path": event["path"] or [], "attributes": event["attributes"] or {}}
+
+
+def stripe_events(url: str) -> list[dict[str, Any]]:
+    """Meter events that the rail accepted: identifier, customer, event_name, value, timestamp."""
+    with urllib.request.urlopen(f"{url}/_admin/events", timeout=30) as response:
+        found = json.load(response)
+    listed = found["data"] if isinstance(found, dict) else found
+    return [{**event, "value": int(event["value"]), "timestamp": int(event["timestamp"])} for event in listed]
+
+
+def dead_letters(
+    records: list[Record], epoch: str
+) -> tuple[dict[tuple[int, int], tuple[str, bytes | None]], list[str]]:
+    """(partition, offset) → (reason, original bytes). Two copies of one letter must be equal."""
+    found: dict[tuple[int, int], tuple[str, bytes | None]] = {}
+    wrong: list[str] = []
+    for record in records:
+        letter_epoch, partition, offset = (record.key or b"").decode().rsplit("|", 2)
+        at = (int(partition), int(offset))
+        letter = (dict(record.headers)["reason"].decode(), record.value)
+        if letter_epoch != epoch:
+            wrong.append(f"dead letter {at} is of epoch {letter_epoch}, the log of {epoch}")
+        if found.setdefault(at, letter) != letter:
+            wrong.append(f"dead letter {at} is {letter[0]} and {found[at][0]}")
+    return found, wrong
+
+
+def meter_events(records: list[Record]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Identifier → the MeterEvent in Kafka. n must be gapless an account; a second copy must be equal."""
+    found: dict[str, dict[str, Any]] = {}
+    numbered: dict[str, dict[int, str]] = defaultdict(dict)
+    wrong: list[str] = []
+    for record in records:
+        event: dict[str, Any] = fastavro.schemaless_reader(
+            io.BytesIO((record.value or b"")[5:]), SCHEMA[METER_EVENT_ID], None
+        )
+        names = ("account", "customer", "meter", "price_ref", "window_start_s")
+        key = tuple(event[name] or "" if name == "price_ref" else event[name] for name in names)
+        identifier = stripe_identifier(event["deployment"], key, event["flush"], event["part"])
+        if found.setdefault(identifier, event) != event:
+            wrong.append(f"meter event {identifier} stands twice with different content")
+        if numbered[event["account"]].setdefault(event["n"], identifier) != identifier:
+            wrong.append(f"meter event {event['account']} n={event['n']} names two deltas")
+    for account, numbers in numbered.items():
+        if sorted(numbers) != list(range(1, len(numbers) + 1)):
+            wrong.append(f"meter events of {account}: n has gaps")
+    return found, wrong
