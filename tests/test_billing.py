@@ -271,7 +271,7 @@ def test_sums_hold_beyond_int64() -> None:
 def test_a_slice_of_a_decoded_batch_counts_its_own_rows() -> None:
     """Arrow slices share the parent's quantities; only the slice's own are counted."""
     known = directory(a1="cus_1")
-    whole = batch([Use(quantities={"calls": 10**at}) for at in range(6)])
+    whole = batch([Use(quantities={"calls": 10**at, **({"tokens": 7} if at < 2 else {})}) for at in range(6)])
     whole.usage, whole.occurred_us = whole.usage.slice(2, 3), whole.occurred_us[2:5]
     for accepted, units in (([True, True, True], 11_100), ([True, False, True], 10_100)):
         billing, whole.accepted = Billing(), np.array(accepted)
