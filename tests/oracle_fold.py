@@ -244,8 +244,8 @@ class Partition:
         window_s = self.config["billing_window_s"]
         start = row.billed_us // 10**6 // window_s * window_s
         for meter, units in event["quantities"].items():
-            if self.meters.get(meter) is None:
-                continue
+            if self.meters.get(meter) is None or not units:
+                continue  # a zero is no part of a delta: it does not move its time
             key = (event["account"], row.customer or "", meter, event["price_ref"] or "", start)
             sums = self.open.setdefault(key, [0, 0])
             sums[0] += units

@@ -64,7 +64,7 @@ def faithful(book: Book, original: dict[tuple[int, int], bytes | None]) -> Actua
     """Sides that hold exactly what the book says."""
     return Actual(
         redis=dict(book.used),
-        rows={(row.record.partition, row.record.offset): as_the_view(row.event) for row in book.rows},
+        rows={(row.record.partition, row.record.offset): as_the_view(row) for row in book.rows},
         totals=dict(expected_totals(book)),
         stripe=[
             {

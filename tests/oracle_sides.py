@@ -10,7 +10,7 @@ import clickhouse_connect
 import fastavro
 import redis
 
-from tests.oracle_book import Record, Total, stripe_identifier
+from tests.oracle_book import Record, Row, Total, stripe_identifier
 from tests.oracle_wire import METER_EVENT_ID, SCHEMA, lane
 
 SCAN = 2_000
@@ -24,11 +24,12 @@ PLAIN = (
     "event_id", "source", "sequence", "surface", "operation", "account", "principal_kind", "principal", "status",
     "latency_us", "quantities",
 )  # fmt: skip
+TIMES = ("occurred_at", "billed_at", "counted_at")
 WINDOW_SQL = {
-    "m": "toStartOfMinute(occurred_at)",
-    "h": "toStartOfHour(occurred_at)",
-    "d": "toStartOfDay(occurred_at)",
-    "M": "toDateTime(toStartOfMonth(occurred_at), 'UTC')",
+    "m": "toStartOfMinute(counted_at)",
+    "h": "toStartOfHour(counted_at)",
+    "d": "toStartOfDay(counted_at)",
+    "M": "toDateTime(toStartOfMonth(counted_at), 'UTC')",
 }
 SCOPE_SQL = {
     "acct": "'acct'",
@@ -82,19 +83,19 @@ class ClickHouse:
     def rows(self) -> dict[tuple[int, int], dict[str, Any]]:
         """(partition, offset) → the event as the view has it; an empty text stands for null there."""
         columns = [*PLAIN, *NULLABLE, "path", "attributes"]
+        times = ", ".join(f"toUnixTimestamp64Micro({name})" for name in TIMES)
         answer = self.client.query(
-            f"SELECT kafka_partition, kafka_offset, toUnixTimestamp64Micro(occurred_at), {', '.join(columns)}"
-            f" FROM {USAGE_VIEW}"
+            f"SELECT kafka_partition, kafka_offset, {times}, {', '.join(columns)} FROM {USAGE_VIEW}"
         )
         found: dict[tuple[int, int], dict[str, Any]] = {}
-        for partition, offset, occurred, *values in answer.result_rows:
+        for partition, offset, *values in answer.result_rows:
             if (partition, offset) in found:
                 raise AssertionError(f"view {USAGE_VIEW} shows {partition}/{offset} twice")
-            found[partition, offset] = {"occurred_at": occurred, **dict(zip(columns, values, strict=True))}
+            found[partition, offset] = dict(zip([*TIMES, *columns], values, strict=True))
         return found
 
     def totals(self, window: str, scope: str) -> dict[Total, int]:
-        """Σ units of what counts, by account, scope, meter and the window of occurred_at, added up by the engine."""
+        """Σ units of what counts, by account, scope, meter and the window of counted_at, added up by the engine."""
         answer = self.client.query(
             f"SELECT account, {SCOPE_SQL[scope]} AS scope, meter, toUnixTimestamp({WINDOW_SQL[window]}) AS start,"
             f" sum(units) FROM {USAGE_VIEW} ARRAY JOIN mapKeys(quantities) AS meter, mapValues(quantities) AS units"
@@ -108,9 +109,11 @@ class ClickHouse:
         self.client.close()
 
 
-def as_the_view(event: dict[str, Any]) -> dict[str, Any]:
-    """An event as the view shows it: null texts are empty, null collections too."""
-    shown = {name: event[name] for name in ("occurred_at", *PLAIN)}
+def as_the_view(row: Row) -> dict[str, Any]:
+    """A row as the view shows it: null texts are empty, null collections too."""
+    event = row.event
+    shown = {"billed_at": row.billed_us, "counted_at": row.counted_us}
+    shown |= {name: event[name] for name in ("occurred_at", *PLAIN)}
     for name in NULLABLE:
         shown[name] = "" if event[name] is None and not name.endswith("_nano") else event[name]
     return {**shown, "path": event["path"] or [], "attributes": event["attributes"] or {}}
