@@ -30,13 +30,13 @@ def catalogue() -> dict[int, dict[str, Any]]:
 def schema_text(schema_id: int) -> str:
     """The `.avsc` text that a schema id names, without doc strings (decoders do not need them)."""
     entry = catalogue()[schema_id]
-    return json.dumps(_strip(json.loads((Path(__file__).parent / entry["file"]).read_text(encoding="utf-8"))))
+    return json.dumps(without_doc(json.loads((Path(__file__).parent / entry["file"]).read_text(encoding="utf-8"))))
 
 
 @cache
 def schema_id(record: str) -> int:
     """Newest id of a record name, for encoding."""
-    return max(number for number, entry in catalogue().items() if entry["record"] == record)
+    return max(number for number, entry in catalogue().items() if entry["record"] == record and not entry.get("void"))
 
 
 @cache
@@ -62,18 +62,23 @@ def encode(record: str, value: dict[str, Any]) -> bytes:
     """Frame and encode one record with its newest schema. Raises ValueError where a field is missing or of another type."""
     number = schema_id(record)
     out = io.BytesIO()
-    out.write(header(number))
     try:
         fastavro.schemaless_writer(out, parsed(number), value, strict_allow_default=True)
     except (TypeError, KeyError, AttributeError, OverflowError, struct.error) as error:
         raise ValueError(f"{record} does not fit its schema: {error}") from error
-    return out.getvalue()
+    # The writer cuts 1.5 to 1 where a long belongs, and says nothing.
+    out.seek(0)
+    back: Any = fastavro.schemaless_reader(out, parsed(number), None)
+    for name, given in value.items():
+        if back[name] != (list(given) if isinstance(given, tuple) else given):
+            raise ValueError(f"{record} does not fit its schema: {name} is {given!r}, would be read as {back[name]!r}")
+    return header(number) + out.getvalue()
 
 
 def decode(value: bytes) -> tuple[int, dict[str, Any]]:
-    """(schema id, record) of a framed value. Raises ValueError for foreign framing, an unknown id or broken bytes."""
+    """(schema id, record) of a framed value. Raises ValueError for foreign framing, an unknown or void id, broken bytes."""
     number = header_id(value)
-    if number is None or number not in catalogue():
+    if number is None or number not in catalogue() or catalogue()[number].get("void"):
         raise ValueError(f"no schema of ours in header {value[:5]!r}")
     try:
         return number, fastavro.schemaless_reader(io.BytesIO(value[5:]), parsed(number), None)
@@ -81,11 +86,11 @@ def decode(value: bytes) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"{catalogue()[number]['record']}: {type(error).__name__}: {error}") from error
 
 
-def _strip(node: Any) -> Any:
-    """The schema without `doc`."""
+def without_doc(node: Any) -> Any:
+    """A schema without its `doc` strings, which no decoder needs."""
     if isinstance(node, dict):
-        return {key: _strip(value) for key, value in node.items() if key != "doc"}
-    return [_strip(item) for item in node] if isinstance(node, list) else node
+        return {key: without_doc(value) for key, value in node.items() if key != "doc"}
+    return [without_doc(item) for item in node] if isinstance(node, list) else node
 
 
 def _plain(node: Any) -> Any:
