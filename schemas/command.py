@@ -1,9 +1,11 @@
 """Command v1: the signed changes that stand in the same log as usage, and what each kind's body must hold (design §4)."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from tollway.schemas.lane import LANES
 from tollway.schemas.topics import BROADCAST
 from tollway.schemas.usage import ID, METER, MONEY_NANO_MAX
 
@@ -21,6 +23,7 @@ OUTAGES = ("closed", "open", "lease")
 LIMIT_MAX = 9 * 10**18
 METERS_COUNTED_MAX = 32
 LIMITS_MAX = 1_000
+SECONDS_MAX = 366 * 86_400
 
 DEFAULT_POLICY: dict[str, Any] = {
     "counts": [{"meter": "calls", "windows": ["m", "h", "d", "M"], "scopes": ["acct", PRINCIPAL]}],
@@ -63,11 +66,13 @@ def check_body(kind: str, account: str, body: dict[str, Any]) -> None:
     rule = _RULES.get(kind)
     if rule is None:
         raise CommandError(f"kind is {kind!r}: give one of {', '.join(sorted(_RULES))}")
-    broadcast, check = rule
+    broadcast, fields, check = rule
     if broadcast != (account == BROADCAST):
         raise CommandError(f"account is {account!r}: {kind} takes {'`*`' if broadcast else 'one account'}")
     if not broadcast and not ID.fullmatch(account):
         raise CommandError(f"account is {account!r}: ids match {ID.pattern}")
+    if unknown := sorted(body.keys() - set(fields)):
+        raise CommandError(f"{unknown[0]} is no field of {kind}: give {', '.join(fields)}")
     check(body)
 
 
@@ -75,7 +80,8 @@ def parse_body(text: str) -> dict[str, Any]:
     """The JSON object of a command's body. Raises CommandError."""
     try:
         body = json.loads(text)
-    except ValueError as error:
+        body_text(body).encode()  # a lone surrogate passes the parser and no store behind it
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"body is no JSON: {error}") from error
     if not isinstance(body, dict):
         raise CommandError(f"body is {type(body).__name__}: give a JSON object")
@@ -88,20 +94,33 @@ def body_text(body: dict[str, Any]) -> str:
 
 
 def _log_open(body: dict[str, Any]) -> None:
-    try:
-        config = LogConfig(**body)
-    except TypeError as error:
-        raise CommandError(f"log.open: {error}") from error
+    for name in ("epoch", "deployment", "kid"):
+        _text(body, name)
+    _public_key(body)
+    config = LogConfig(**body)
+    given = config.body()
+    if config.lanes != LANES:
+        raise CommandError(f"lanes is {config.lanes!r}: give {LANES}, it is fixed")
     for name in ("step_s", "billing_window_s", "snapshot_s"):
-        _positive(body, name)
+        _whole(given, name, 1, SECONDS_MAX)
+    for name in ("billing_grace_s", "hold_grace_s"):
+        _whole(given, name, 0, SECONDS_MAX)
     if 3600 % config.billing_window_s:
         raise CommandError(f"billing_window_s is {config.billing_window_s}: it must divide 3600")
+    if not isinstance(config.auto_open, bool):
+        raise CommandError(f"auto_open is {config.auto_open!r}: give true or false")
 
 
 def _key_add(body: dict[str, Any]) -> None:
     _text(body, "kid")
-    if len(_text(body, "public_key")) != 64:
-        raise CommandError("public_key: give the 32 bytes of an Ed25519 public key as 64 hex digits")
+    _public_key(body)
+
+
+def _public_key(body: dict[str, Any]) -> None:
+    if not _KEY_HEX.fullmatch(_text(body, "public_key")):
+        raise CommandError(
+            f"public_key is {body['public_key']!r}: give the 32 bytes of an Ed25519 public key as 64 hex digits"
+        )
 
 
 def _meter_add(body: dict[str, Any]) -> None:
@@ -118,10 +137,9 @@ def _price_add(body: dict[str, Any]) -> None:
     units = body.get("unit_nano")
     if not isinstance(units, dict) or not units:
         raise CommandError(f"unit_nano is {units!r}: give meter → nano units a unit")
-    for meter, nano in units.items():
+    for meter in units:
         _meter({"unit_nano": meter}, "unit_nano")
-        if not isinstance(nano, int) or not 0 <= nano <= MONEY_NANO_MAX:
-            raise CommandError(f"unit_nano.{meter} is {nano!r}: give a whole number from 0 to {MONEY_NANO_MAX}")
+        _whole(units, meter, 0, MONEY_NANO_MAX, "unit_nano.")
 
 
 def _account_open(body: dict[str, Any]) -> None:
@@ -135,30 +153,42 @@ def _customer_bind(body: dict[str, Any]) -> None:
 
 
 def _policy_set(body: dict[str, Any]) -> None:
-    counts, limits = body.get("counts"), body.get("limits", [])
-    if not isinstance(counts, list) or len(counts) > METERS_COUNTED_MAX:
-        raise CommandError(
-            f"counts is {counts!r}: give a list of at most {METERS_COUNTED_MAX} of meter, windows, scopes"
-        )
-    for row in counts:
+    for row in _rows(body, "counts", METERS_COUNTED_MAX, "meter, windows, scopes", required=True):
         _meter(row, "meter")
         _subset(row, "windows", WINDOWS)
         _subset(row, "scopes", (*SCOPE_KINDS, PRINCIPAL))
-    if not isinstance(limits, list) or len(limits) > LIMITS_MAX:
-        raise CommandError(f"limits: give a list of at most {LIMITS_MAX}")
-    for row in limits:
-        _meter(row, "meter")
-        _subset({"window": [row.get("window")]}, "window", WINDOWS)
-        scope = str(row.get("scope"))
-        kind, _, rest = scope.partition(":")
-        if kind not in (*SCOPE_KINDS, PRINCIPAL) or (rest and not ID.fullmatch(rest)):
-            raise CommandError(f"limits.scope is {scope!r}: give a kind ({', '.join(SCOPE_KINDS)}) or kind:id")
-        if not isinstance(row.get("limit"), int) or not 0 <= row["limit"] <= LIMIT_MAX:
-            raise CommandError(f"limits.limit is {row.get('limit')!r}: give a whole number from 0 to {LIMIT_MAX}")
-    if body.get("outage", "closed") not in OUTAGES:
+    for row in _rows(body, "limits", LIMITS_MAX, "scope, meter, window, limit"):
+        _limit(row)
+    if "outage" in body and body["outage"] not in OUTAGES:
         raise CommandError(f"outage is {body['outage']!r}: give one of {', '.join(OUTAGES)}")
     if "max_staleness_s" in body:
-        _positive(body, "max_staleness_s")
+        _whole(body, "max_staleness_s", 1, SECONDS_MAX)
+
+
+def _limit(row: dict[str, Any]) -> None:
+    _meter(row, "meter")
+    if row.get("window") not in WINDOWS:
+        raise CommandError(f"window is {row.get('window')!r}: give one of {', '.join(WINDOWS)}")
+    scope = row.get("scope")
+    kind, colon, rest = scope.partition(":") if isinstance(scope, str) else ("", "", "")
+    named = kind in SCOPE_KINDS and kind != "acct" and bool(ID.fullmatch(rest))
+    if not (named if colon else kind in (*SCOPE_KINDS, PRINCIPAL)):
+        raise CommandError(
+            f"scope is {scope!r}: give a kind ({', '.join((*SCOPE_KINDS, PRINCIPAL))}) or kind:id, such as user:u1"
+        )
+    _whole(row, "limit", 0, LIMIT_MAX)
+
+
+def _rows(body: dict[str, Any], name: str, most: int, parts: str, required: bool = False) -> list[dict[str, Any]]:
+    """A list of objects of exactly these parts."""
+    rows = body.get(name, None if required else [])
+    if not isinstance(rows, list) or len(rows) > most:
+        shown = f"{len(rows)} long" if isinstance(rows, list) else repr(rows)
+        raise CommandError(f"{name} is {shown}: give a list of at most {most}, each {parts}")
+    for row in rows:
+        if not isinstance(row, dict) or row.keys() != set(parts.split(", ")):
+            raise CommandError(f"{name} has {row!r}: each row has {parts}")
+    return rows
 
 
 def _text(body: dict[str, Any], name: str) -> str:
@@ -168,14 +198,14 @@ def _text(body: dict[str, Any], name: str) -> str:
     return value
 
 
-def _positive(body: dict[str, Any], name: str) -> None:
+def _whole(body: dict[str, Any], name: str, least: int, most: int, prefix: str = "") -> None:
     value = body.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CommandError(f"{name} is {value!r}: give a whole number of 1 or more")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise CommandError(f"{prefix}{name} is {value!r}: give a whole number from {least} to {most}")
 
 
-def _meter(row: object, name: str) -> None:
-    value = row.get(name) if isinstance(row, dict) else row
+def _meter(row: dict[str, Any], name: str) -> None:
+    value = row.get(name)
     if not isinstance(value, str) or not METER.fullmatch(value):
         raise CommandError(f"{name} is {value!r}: meters match {METER.pattern}")
 
@@ -186,13 +216,16 @@ def _subset(row: dict[str, Any], name: str, allowed: tuple[str, ...]) -> None:
         raise CommandError(f"{name} is {values!r}: give some of {', '.join(allowed)}")
 
 
+_KEY_HEX = re.compile(r"[0-9a-f]{64}")
+
+# kind → (broadcast, fields of the body, check)
 _RULES = {
-    "log.open": (True, _log_open),
-    "key.add": (True, _key_add),
-    "meter.add": (True, _meter_add),
-    "price.add": (True, _price_add),
-    "account.open": (False, _account_open),
-    "customer.bind": (False, _customer_bind),
-    "policy.set": (False, _policy_set),
+    "log.open": (True, tuple(LogConfig.__annotations__), _log_open),
+    "key.add": (True, ("kid", "public_key"), _key_add),
+    "meter.add": (True, ("meter", "event_name"), _meter_add),
+    "price.add": (True, ("price_ref", "asset", "unit_nano"), _price_add),
+    "account.open": (False, ("name",), _account_open),
+    "customer.bind": (False, ("customer",), _customer_bind),
+    "policy.set": (False, tuple(DEFAULT_POLICY), _policy_set),
 }
 KINDS = tuple(_RULES)

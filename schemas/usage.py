@@ -91,6 +91,8 @@ class UsageEvent(TypedDict, total=False):
 FIELDS = tuple(UsageEvent.__annotations__)
 REQUIRED = FIELDS[: FIELDS.index("agent")]
 OPTIONAL = FIELDS[FIELDS.index("agent") :]
+_KNOWN = frozenset(FIELDS)
+_CLOSED = (("surface", SURFACES), ("principal_kind", PRINCIPAL_KINDS), ("status", STATUSES))
 
 
 class FieldError(ValueError):
@@ -104,34 +106,22 @@ class FieldError(ValueError):
 
 def check(event: Mapping[str, Any]) -> None:
     """Refuse a usage record that admission would refuse for its own content. Raises FieldError naming field, value, cure."""
+    if not event.keys() <= _KNOWN:
+        name = min(event.keys() - _KNOWN, key=str)
+        raise FieldError(str(name), event[name], "unknown_field", f"fields are {', '.join(FIELDS)}")
     for name in REQUIRED:
         if event.get(name) is None:
             raise FieldError(name, event.get(name), "missing", "it is required")
     for name in ("event_id", "source"):
-        _expect(UUID_HEX.fullmatch(str(event[name])), name, event[name], "bad_id", "give a UUIDv7 as 32 hex digits")
-    _expect(
-        event["surface"] in SURFACES, "surface", event["surface"], "bad_value", f"give one of {', '.join(SURFACES)}"
-    )
-    _expect(
-        event["principal_kind"] in PRINCIPAL_KINDS,
-        "principal_kind",
-        event["principal_kind"],
-        "bad_value",
-        f"give one of {', '.join(PRINCIPAL_KINDS)}",
-    )
-    _expect(event["status"] in STATUSES, "status", event["status"], "bad_value", f"give one of {', '.join(STATUSES)}")
+        _matches(UUID_HEX, name, event[name], "give a UUIDv7 as 32 hex digits")
+    for name, allowed in _CLOSED:
+        _expect(event[name] in allowed, name, event[name], "bad_value", f"give one of {', '.join(allowed)}")
     for name in ID_FIELDS:
-        value = event.get(name)
-        _expect(value is None or ID.fullmatch(value), name, value, "bad_id", f"ids match {ID_PATTERN}")
+        if event.get(name) is not None:
+            _matches(ID, name, event[name], f"ids match {ID_PATTERN}")
     for name in TEXT_FIELDS:
-        value = event.get(name)
-        _expect(
-            value is None or 1 <= len(value.encode()) <= OPERATION_BYTES_MAX,
-            name,
-            value,
-            "over_bound",
-            f"give 1 to {OPERATION_BYTES_MAX} bytes",
-        )
+        if event.get(name) is not None:
+            _text(name, event[name], 1, OPERATION_BYTES_MAX)
     _check_numbers(event)
     _check_collections(event)
 
@@ -161,40 +151,46 @@ def _check_numbers(event: Mapping[str, Any]) -> None:
 
 
 def _check_collections(event: Mapping[str, Any]) -> None:
-    quantities = event["quantities"]
-    _expect(
-        len(quantities) <= QUANTITIES_MAX,
-        "quantities",
-        len(quantities),
-        "over_bound",
-        f"at most {QUANTITIES_MAX} meters",
-    )
-    _expect(
-        "calls" in quantities, "quantities", sorted(quantities), "missing_calls", "the meter `calls` is always there"
-    )
+    quantities = _holds("quantities", event["quantities"], Mapping, QUANTITIES_MAX, "meters")
+    if "calls" not in quantities:
+        raise FieldError("quantities", list(quantities), "missing_calls", "the meter `calls` is always there")
     for meter, units in quantities.items():
-        _expect(METER.fullmatch(meter), "quantities", meter, "bad_id", f"meters match {METER_PATTERN}")
+        _matches(METER, "quantities", meter, f"meters match {METER_PATTERN}")
         _within(f"quantities.{meter}", units, QUANTITY_MAX)
-    path = event.get("path") or ()
-    _expect(len(path) <= PATH_MAX, "path", len(path), "over_bound", f"at most {PATH_MAX} runs")
-    for run in path:
-        _expect(ID.fullmatch(run), "path", run, "bad_id", f"ids match {ID_PATTERN}")
-    attributes = event.get("attributes") or {}
-    _expect(
-        len(attributes) <= ATTRIBUTES_MAX,
-        "attributes",
-        len(attributes),
-        "over_bound",
-        f"at most {ATTRIBUTES_MAX} of them",
-    )
-    for key, text in attributes.items():
-        _expect(
-            0 < len(key.encode()) <= ATTRIBUTE_BYTES_MAX and len(text.encode()) <= ATTRIBUTE_BYTES_MAX,
-            f"attributes.{key}",
-            text,
-            "over_bound",
-            f"key and value take at most {ATTRIBUTE_BYTES_MAX} bytes",
+    if event.get("path") is not None:
+        for run in _holds("path", event["path"], (list, tuple), PATH_MAX, "runs"):
+            _matches(ID, "path", run, f"ids match {ID_PATTERN}")
+    if event.get("attributes") is not None:
+        for key, text in _holds("attributes", event["attributes"], Mapping, ATTRIBUTES_MAX, "keys").items():
+            _text("attributes", key, 1, ATTRIBUTE_BYTES_MAX)
+            _text(f"attributes.{key}", text, 0, ATTRIBUTE_BYTES_MAX)
+
+
+def _holds(field: str, value: Any, kind: Any, most: int, what: str) -> Any:
+    """The collection, if it is one and not too long."""
+    if not isinstance(value, kind):
+        raise FieldError(
+            field, value, "bad_value", f"give a {'map' if kind is Mapping else 'list'} of at most {most} {what}"
         )
+    if len(value) > most:
+        raise FieldError(field, len(value), "over_bound", f"give at most {most} {what}")
+    return value
+
+
+def _matches(pattern: re.Pattern[str], field: str, value: object, cure: str) -> None:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise FieldError(field, value, "bad_id", cure)
+
+
+def _text(field: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, str):
+        raise FieldError(field, value, "bad_value", f"give a text of {least} to {most} bytes")
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError:
+        raise FieldError(field, value, "bad_value", "give text that UTF-8 can carry: no lone surrogates") from None
+    if not least <= size <= most:
+        raise FieldError(field, value, "over_bound", f"give {least} to {most} bytes")
 
 
 def _within(field: str, value: object, most: int) -> None:
