@@ -83,15 +83,24 @@ class Control:
         self, account: str, kind: str, body: dict[str, Any], command_id: str | None = None
     ) -> dict[int, int]:
         """Sign and append one command; returns partition → offset once every broker has it."""
-        record = signed_record(self._signer, command_id or self._new_id(), account, kind, body, self._clock_us())
-        targets = range(self._partitions) if account == BROADCAST else [partition(lane(account), self._partitions)]
-        key, value, headers = record
+        everywhere = account == BROADCAST
+        targets = list(range(self._partitions)) if everywhere else [partition(lane(account), self._partitions)]
+        return await self._append(account, kind, body, command_id or self._new_id(), targets)
+
+    async def broadcast(self, kind: str, body: dict[str, Any], command_id: str | None = None) -> dict[int, int]:
+        """Append one copy of a command to every partition."""
+        return await self.send(BROADCAST, kind, body, command_id)
+
+    async def open(self, body: dict[str, Any], partitions: list[int]) -> dict[int, int]:
+        """`log.open` for partitions that have no record yet."""
+        return await self._append(BROADCAST, "log.open", body, self._new_id(), partitions)
+
+    async def _append(
+        self, account: str, kind: str, body: dict[str, Any], command_id: str, targets: list[int]
+    ) -> dict[int, int]:
+        key, value, headers = signed_record(self._signer, command_id, account, kind, body, self._clock_us())
         sent = [
             await self._producer.send(USAGE.name, value, key=key, partition=target, headers=headers)
             for target in targets
         ]
         return {metadata.partition: metadata.offset for metadata in [await future for future in sent]}
-
-    async def broadcast(self, kind: str, body: dict[str, Any], command_id: str | None = None) -> dict[int, int]:
-        """Append one copy of a command to every partition."""
-        return await self.send(BROADCAST, kind, body, command_id)

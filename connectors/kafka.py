@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaConnectionError, KafkaError
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from tollway.connectors.errors import Refused, Unavailable
-from tollway.schemas.topics import TOPICS, USAGE
+from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
 
 REQUEST_BYTES_MAX = 17 * 1024 * 1024
 CHECKPOINT_TAIL = 64
@@ -69,6 +69,13 @@ class Admin:
             raise Refused(f"topic {topic} is not there: run `tollway topics create` ({error.args[0].str()})") from error
         return str(found.topic_id)
 
+    async def settings_of(self, topic: str) -> dict[str, str]:
+        """A topic's settings as the broker has them."""
+        resource = ConfigResource(ResourceType.TOPIC, topic)
+        future = self._client.describe_configs([resource], request_timeout=ADMIN_TIMEOUT_S)[resource]
+        found = await asyncio.to_thread(future.result, ADMIN_TIMEOUT_S)
+        return {name: entry.value for name, entry in found.items()}
+
 
 def epoch_of(topic_id: str, growth: int = 0) -> str:
     """Epoch of a log: its growth step and the topic's id."""
@@ -101,8 +108,8 @@ async def read_newest(
     tail: int | None,
     *,
     committed: bool = False,
-) -> dict[int, list[tuple[bytes, bytes]]]:
-    """(key, value) records of partitions, in log order, up to the ends seen at the start: the last `tail` offsets or all.
+) -> dict[int, list[ConsumerRecord]]:
+    """Records of partitions, in log order, up to the ends seen at the start: the last `tail` offsets or all.
 
     One manually assigned reader for all partitions; `committed`: transactions that did not commit are left out.
     """
@@ -127,17 +134,27 @@ async def read_newest(
             consumer.seek(tp, start)
             if start < ends[tp]:
                 left.add(tp)
-        found: dict[int, list[tuple[bytes, bytes]]] = {tp.partition: [] for tp in wanted}
+        found: dict[int, list[ConsumerRecord]] = {tp.partition: [] for tp in wanted}
         while left:
             got = await consumer.getmany(timeout_ms=500)
             for tp, records in got.items():
-                found[tp.partition] += [(record.key, record.value) for record in records if record.key is not None]
+                found[tp.partition] += records
             left = {tp for tp in left if await consumer.position(tp) < ends[tp]}
         return found
     except KafkaError as error:
         raise Unavailable(f"{topic} cannot be read: {error}") from error
     finally:
         await consumer.stop()
+
+
+async def read_checkpoints(
+    bootstrap: str, security: dict[str, Any], partitions: Iterable[int], tail: int | None, *, committed: bool = False
+) -> dict[int, list[tuple[bytes, bytes]]]:
+    """(key, value) of checkpoint records, in log order."""
+    found = await read_newest(bootstrap, security, CHECKPOINTS.name, partitions, tail, committed=committed)
+    return {
+        number: [(record.key, record.value) for record in records if record.key] for number, records in found.items()
+    }
 
 
 async def ends(bootstrap: str, security: dict[str, Any], topic: str, partitions: Iterable[int]) -> dict[int, int]:

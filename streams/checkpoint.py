@@ -20,7 +20,7 @@ SLOTS = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoded checkpoint: `state` is what the fold dumped; `turn` counts writes of the sender, whose state is no function of its log."""
+    """A checkpoint as it was written; `turn` counts writes of the sender, whose state is no function of its log."""
 
     group: str
     epoch: str
@@ -29,9 +29,21 @@ class Checkpoint:
     next_offset: int
     turn: int
     written_ms: int
+    fold_version: int
     stats: dict[str, Any]
-    state: dict[str, Any]
-    size: int
+    packed: bytes
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the fold dumped; unpacked at each call."""
+        plain = zstandard.ZstdDecompressor().decompress(self.packed)
+        state: dict[str, Any] = msgpack.unpackb(plain, raw=False, strict_map_key=False)
+        return state
+
+    @property
+    def size(self) -> int:
+        """Bytes of the packed state."""
+        return len(self.packed)
 
 
 def encode(
@@ -46,33 +58,22 @@ def encode(
     fold_version: int,
     stats: dict[str, Any],
     state: dict[str, Any],
+    part_bytes_max: int = PART_BYTES_MAX,
 ) -> list[tuple[bytes, bytes]]:
     """(key, value) records of one checkpoint: one, or numbered parts where it is larger than a message."""
-    packed = msgpack.packb(state, use_bin_type=True)
-    body = zstandard.ZstdCompressor(level=1).compress(packed)
-    digest = hashlib.sha256(body).digest()
-    chunks = [body[at : at + PART_BYTES_MAX] for at in range(0, len(body), PART_BYTES_MAX)]
-    records = []
-    for number, chunk in enumerate(chunks):
-        header = {
-            "format": FORMAT,
-            "group": group,
-            "epoch": epoch,
-            "partition": partition,
-            "slot": slot,
-            "next_offset": next_offset,
-            "turn": turn,
-            "written_ms": written_ms,
-            "fold_version": fold_version,
-            "stats": stats,
-            "part": number,
-            "parts": len(chunks),
-            "digest": digest,
-            "body": chunk,
-        }
-        key = f"{group}|{epoch}|{partition}|{slot}" + (f"|{number}" if number else "")
-        records.append((key.encode(), msgpack.packb(header, use_bin_type=True)))
-    return records
+    head = [group, epoch, partition, slot, next_offset, turn, written_ms, fold_version, stats]
+    packed = zstandard.ZstdCompressor(level=1).compress(msgpack.packb(state, use_bin_type=True))
+    body = msgpack.packb([*head, packed], use_bin_type=True)
+    digest = hashlib.sha256(body).digest()  # over the head too: a changed offset must not pass
+    chunks = [body[at : at + part_bytes_max] for at in range(0, len(body), part_bytes_max)]
+    key = f"{group}|{epoch}|{partition}|{slot}"
+    return [
+        (
+            (key + (f"|{number}" if number else "")).encode(),
+            msgpack.packb([FORMAT, number, len(chunks), digest, chunk], use_bin_type=True),
+        )
+        for number, chunk in enumerate(chunks)
+    ]
 
 
 def newest(
@@ -82,15 +83,15 @@ def newest(
 
     Damaged, torn and foreign records are passed over: the other slot is there for them.
     """
-    writes: dict[bytes, dict[int, dict[str, Any]]] = {}
+    writes: dict[bytes, dict[int, tuple[int, bytes]]] = {}
     for key, value in records:
-        name = key.decode("utf-8", "replace").split("|")
-        if name[:3] != [group, epoch, str(partition)] or not value:
-            continue
-        header = _unpack(value)
-        if header is not None and header["format"] == FORMAT:
-            writes.setdefault(header["digest"], {})[header["part"]] = header
-    valid = [found for parts in writes.values() if (found := _assemble(parts)) is not None]
+        if key.decode("utf-8", "replace").split("|")[:3] == [group, epoch, str(partition)] and value:
+            part = _unpack(value)
+            if part is not None:
+                number, count, digest, chunk = part
+                writes.setdefault(digest, {})[number] = (count, chunk)
+    valid = [found for digest, parts in writes.items() if (found := _assemble(digest, parts)) is not None]
+    valid = [found for found in valid if (found.group, found.epoch, found.partition) == (group, epoch, partition)]
     return max(valid, key=lambda found: (found.turn if by_turn else found.next_offset, found.written_ms), default=None)
 
 
@@ -100,21 +101,20 @@ def epochs(records: Iterable[tuple[bytes, bytes]], group: str, partition: int) -
     return {name[1] for name in names if len(name) >= 4 and name[0] == group and name[2] == str(partition)}
 
 
-def _unpack(value: bytes) -> dict[str, Any] | None:
+def _unpack(value: bytes) -> tuple[int, int, bytes, bytes] | None:
+    """(part, parts, digest, chunk) of one record; None where it is damaged or of another format."""
     try:
-        header = msgpack.unpackb(value, raw=False)
-    except (ValueError, msgpack.UnpackException):
+        version, number, count, digest, chunk = msgpack.unpackb(value, raw=False)
+    except (ValueError, TypeError, msgpack.UnpackException):
         return None
-    return header if isinstance(header, dict) and "digest" in header and "body" in header else None
+    sound = version == FORMAT and isinstance(number, int) and isinstance(digest, bytes) and isinstance(chunk, bytes)
+    return (number, count, digest, chunk) if sound else None
 
 
-def _assemble(parts: dict[int, dict[str, Any]]) -> Checkpoint | None:
-    head = parts.get(0)
-    if head is None or set(parts) != set(range(head["parts"])):
+def _assemble(digest: bytes, parts: dict[int, tuple[int, bytes]]) -> Checkpoint | None:
+    if 0 not in parts or set(parts) != set(range(parts[0][0])):
         return None
-    body = b"".join(parts[number]["body"] for number in range(head["parts"]))
-    if hashlib.sha256(body).digest() != head["digest"]:
+    body = b"".join(parts[number][1] for number in range(len(parts)))
+    if hashlib.sha256(body).digest() != digest:
         return None
-    state = msgpack.unpackb(zstandard.ZstdDecompressor().decompress(body), raw=False, strict_map_key=False)
-    names = ("group", "epoch", "partition", "slot", "next_offset", "turn", "written_ms", "stats")
-    return Checkpoint(**{name: head[name] for name in names}, state=state, size=len(body))
+    return Checkpoint(*msgpack.unpackb(body, raw=False, strict_map_key=False))

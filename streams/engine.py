@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from tollway.connectors.errors import Fatal, Refused, TollwayError, Unavailable
-from tollway.connectors.kafka import CHECKPOINT_TAIL, read_newest, started_producer
+from tollway.connectors.kafka import CHECKPOINT_TAIL, read_checkpoints, started_producer
 from tollway.schemas.topics import CHECKPOINTS, TICK_KEY
 from tollway.streams import checkpoint
 from tollway.streams.batch import Records
@@ -538,13 +538,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             missing = [number for number in partitions if number not in found]
             if not missing:
                 break
-            seen = await read_newest(
-                self.config.bootstrap,
-                self.config.security,
-                CHECKPOINTS.name,
-                missing,
-                tail,
-                committed=self.fold.by_turn,
+            seen = await read_checkpoints(
+                self.config.bootstrap, self.config.security, missing, tail, committed=self.fold.by_turn
             )
             for number in missing:
                 newest = checkpoint.newest(

@@ -47,7 +47,7 @@ def take(work: Work, think: Callable[[Any], Any]) -> None:
     work.taken = True
     try:
         result = think(work.subject)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it goes back to whoever handed the work over
         work.done.set_exception(error)
     else:
         work.done.set_result(result)

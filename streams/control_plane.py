@@ -1,0 +1,114 @@
+"""What the control plane's commands do: read their arguments, check, sign, append; and check the topics."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tollway.connectors.control import Control, Signer
+from tollway.connectors.errors import Refused
+from tollway.connectors.kafka import Admin, log_partitions, started_producer
+from tollway.schemas.command import DEFAULT_POLICY, CommandError, check_body
+from tollway.schemas.topics import TOPICS
+from tollway.streams.bootstrap import new_command_id
+from tollway.streams.directory import Directory
+from tollway.streams.settings import Settings
+from tollway.streams.status import newest_checkpoints
+
+
+async def append_command(settings: Settings, account: str, kind: str, body: dict[str, Any]) -> dict[int, int]:
+    """Check, sign and append; returns partition → offset. Raises Refused before anything is written."""
+    try:
+        check_body(kind, account, body)
+    except CommandError as error:
+        raise Refused(str(error)) from error
+    signer = Signer.read(settings.data / "control.key")
+    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    partitions = await log_partitions(admin)
+    if kind == "customer.bind":
+        await _refuse_second_bind(settings, partitions, account, body["customer"])
+    producer = await started_producer(settings.kafka_bootstrap, settings.kafka_security())
+    try:
+        return await Control(producer, signer, partitions, new_command_id).send(account, kind, body)
+    finally:
+        await producer.stop()
+
+
+async def _refuse_second_bind(settings: Settings, partitions: int, account: str, customer: str) -> None:
+    """A Stripe customer belongs to one account: two would share its meters, and no one could tell them apart."""
+    for name, opened in (await directories(settings, partitions)).items():
+        if opened.customer == customer and name != account:
+            raise Refused(f"customer {customer} is bound to account {name}: give each account a customer of its own")
+
+
+async def directories(settings: Settings, partitions: int) -> dict[str, Any]:
+    """account → what the newest checkpoints of group accounts know of it."""
+    from tollway.connectors.kafka import epoch_of
+    from tollway.schemas.topics import USAGE
+
+    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    epoch = epoch_of(await admin.topic_id(USAGE.name))
+    found = await newest_checkpoints(settings, epoch, partitions, ["accounts"])
+    accounts: dict[str, Any] = {}
+    for loaded in found.values():
+        accounts |= Directory.load(loaded.state["directory"]).accounts
+    return accounts
+
+
+def policy_body(file: Path | None, counts: list[str], limits: list[str]) -> dict[str, Any]:
+    """The body of `policy.set` from a file, or from `meter:windows:scopes` and `scope=meter=window=limit`."""
+    if file is not None:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            body = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--file {file} is no JSON that can be read: {error}") from error
+        if not isinstance(body, dict):
+            raise Refused(f"--file {file} holds {type(body).__name__}: give a JSON object with `counts`")
+        return body
+    rows = []
+    for text in counts:
+        parts = text.split(":")
+        if len(parts) != 3:
+            raise Refused(f"--count is {text!r}: give meter:windows:scopes, such as calls:m,h,d,M:acct,principal")
+        rows.append({"meter": parts[0], "windows": parts[1].split(","), "scopes": parts[2].split(",")})
+    return {"counts": rows or DEFAULT_POLICY["counts"], "limits": [_limit(text) for text in limits]}
+
+
+def _limit(text: str) -> dict[str, Any]:
+    parts = text.split("=")
+    if len(parts) != 4 or not parts[3].isdigit():
+        raise Refused(f"--limit is {text!r}: give scope=meter=window=limit, such as acct=calls=d=1000")
+    return {"scope": parts[0], "meter": parts[1], "window": parts[2], "limit": int(parts[3])}
+
+
+def price_body(price_ref: str, asset: str, unit_nano: list[str]) -> dict[str, Any]:
+    """The body of `price.add` from `meter=nano` arguments."""
+    units: dict[str, int] = {}
+    for text in unit_nano:
+        meter, _, nano = text.partition("=")
+        if not nano.isdigit():
+            raise Refused(f"--unit-nano is {text!r}: give meter=nano units a unit, such as tokens_in=3000")
+        units[meter] = int(nano)
+    return {"price_ref": price_ref, "asset": asset, "unit_nano": units}
+
+
+async def topics_faults(settings: Settings) -> list[str]:
+    """What is missing or unsafe, a sentence each."""
+    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    present = await admin.partitions()
+    missing = [topic.name for topic in TOPICS if topic.name not in present]
+    if missing:
+        return [f"topic {name} is not there: run `tollway topics create`" for name in missing]
+    counts = {topic.name: present[topic.name] for topic in TOPICS}
+    faults = [] if len(set(counts.values())) == 1 else [f"partition counts differ: {counts}"]
+    for topic in TOPICS:
+        actual = await admin.settings_of(topic.name)
+        faults += [
+            f"{topic.name}: {name} is {actual.get(name)}, must be {value}"
+            for name, value in topic.settings.items()
+            if actual.get(name) != value
+        ]
+        if settings.replication >= 3 and int(actual.get("min.insync.replicas", "1")) < 2:
+            faults.append(f"{topic.name}: min.insync.replicas is {actual.get('min.insync.replicas')}, must be 2")
+    return faults

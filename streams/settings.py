@@ -1,0 +1,146 @@
+"""Every knob of workers and CLI, read once: environment (TOLLWAY_…), else the running stack's file, else the default."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tollway.connectors.errors import Refused
+
+PREFIX = "TOLLWAY_"
+
+
+class Settings(BaseSettings):
+    """Settings of a worker, the control plane and the CLI. Each is TOLLWAY_<NAME> in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+
+    data: Path = Field(Path(".tollway"), description="folder of the local stack, the signing key and lock files")
+    deployment: str = Field(
+        "local", description="name of this deployment: part of every identity at the rail", pattern=r"^[a-z0-9-]{1,32}$"
+    )
+    public_key: str = Field(
+        "",
+        description="Ed25519 public key of the control plane, 64 hex digits; must agree with log.open; default: that of <data>/control.key",
+    )
+
+    kafka_bootstrap: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port[,host:port]")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to Kafka"
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "PLAIN", description="SASL mechanism"
+    )
+    kafka_sasl_username: str = Field("", description="SASL user")
+    kafka_sasl_password: SecretStr = Field(SecretStr(""), description="SASL password")
+    kafka_ca_file: Path | None = Field(None, description="CA certificates for Kafka over TLS")
+    replication: int = Field(1, ge=1, description="replication factor of new topics; 3 in production")
+    partitions: int = Field(16, ge=1, le=256, description="partitions of new topics: a power of two; 64 in production")
+
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey that gates read, with its password"
+    )
+    clickhouse_host: str = Field("127.0.0.1", description="ClickHouse host")
+    clickhouse_port: int = Field(8123, description="ClickHouse HTTP port")
+    clickhouse_user: str = Field("default", description="ClickHouse user")
+    clickhouse_password: SecretStr = Field(SecretStr(""), description="ClickHouse password")
+    clickhouse_database: str = Field("tollway", description="ClickHouse database", pattern=r"^[a-z_][a-z0-9_]*$")
+    clickhouse_secure: bool = Field(False, description="talk TLS to ClickHouse")
+    stripe_key: SecretStr = Field(
+        SecretStr("sk_test_local"), description="Stripe key: restricted, meter events write, meters read"
+    )
+    stripe_url: str = Field("https://api.stripe.com", description="Stripe's address; the stand-in's in the local stack")
+
+    replica: str = Field(
+        "",
+        description="fixed name of this worker's place in its groups; default: a free slot's lock file in the data folder",
+    )
+    pace_ms: int = Field(20, ge=1, le=1000, description="shortest time between two turns of a fold's loop")
+    session_timeout_ms: int = Field(6000, ge=500, description="Kafka group session timeout")
+    max_poll_interval_ms: int = Field(300_000, ge=5000, description="Kafka max.poll.interval of a fold's consumer")
+    checkpoint_s: float = Field(10.0, gt=0, description="time between two checkpoints of a partition")
+    checkpoint_records: int = Field(
+        500_000, ge=1, description="records between two checkpoints of a partition, at most"
+    )
+    tick_idle_s: float = Field(10.0, gt=0, description="an idle partition gets a tick after this long")
+    health_port: int = Field(0, ge=0, le=65535, description="loopback port of /health and /metrics; 0 = none")
+
+    step_s: int = Field(5, ge=1, description="log.open of a new log: length of a step")
+    billing_window_s: int = Field(
+        3600, ge=1, description="log.open of a new log: usage window of meter events; divides 3600"
+    )
+    billing_grace_s: int = Field(
+        600, ge=0, description="log.open of a new log: how long a window stays open for late usage"
+    )
+    snapshot_s: int = Field(86_400, ge=1, description="log.open of a new log: time between sealed snapshots")
+    hold_grace_s: int = Field(
+        900, ge=0, description="log.open of a new log: how long past expiry an uncaptured hold stays"
+    )
+    auto_open: bool = Field(False, description="log.open of a new log: accounts open on first usage (development)")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments over environment; the stack's file comes in as defaults through `read`."""
+        return init_settings, env_settings
+
+    def kafka_security(self) -> dict[str, Any]:
+        """aiokafka's arguments for TLS and SASL."""
+        if self.kafka_security_protocol == "PLAINTEXT":
+            return {}
+        from aiokafka.helpers import create_ssl_context
+
+        security: dict[str, Any] = {"security_protocol": self.kafka_security_protocol}
+        if "SSL" in self.kafka_security_protocol:
+            security["ssl_context"] = create_ssl_context(cafile=str(self.kafka_ca_file) if self.kafka_ca_file else None)
+        if "SASL" in self.kafka_security_protocol:
+            security |= {
+                "sasl_mechanism": self.kafka_sasl_mechanism,
+                "sasl_plain_username": self.kafka_sasl_username,
+                "sasl_plain_password": self.kafka_sasl_password.get_secret_value(),
+            }
+        return security
+
+    def admin_security(self) -> dict[str, Any]:
+        """librdkafka's properties for TLS and SASL."""
+        if self.kafka_security_protocol == "PLAINTEXT":
+            return {}
+        security: dict[str, Any] = {"security.protocol": self.kafka_security_protocol}
+        if self.kafka_ca_file:
+            security["ssl.ca.location"] = str(self.kafka_ca_file)
+        if "SASL" in self.kafka_security_protocol:
+            security |= {
+                "sasl.mechanism": self.kafka_sasl_mechanism,
+                "sasl.username": self.kafka_sasl_username,
+                "sasl.password": self.kafka_sasl_password.get_secret_value(),
+            }
+        return security
+
+
+def read(**given: Any) -> Settings:
+    """The settings, with the local stack's endpoints where the environment names no others. Raises Refused in one sentence."""
+    try:
+        first = Settings(**given)
+        stack = first.data / "stack.json"
+        if not stack.exists():
+            return first
+        from_stack = {
+            name: value
+            for name, value in json.loads(stack.read_text(encoding="utf-8")).get("endpoints", {}).items()
+            if name in Settings.model_fields and name not in first.model_fields_set
+        }
+        return Settings(**{**from_stack, **given})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = PREFIX + "_".join(str(part) for part in fault["loc"]).upper()
+        raise Refused(f"{name} is {fault.get('input')!r}: {fault['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise Refused(f"settings cannot be read: {error}") from error

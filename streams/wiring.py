@@ -1,0 +1,72 @@
+"""The one place where settings become connections."""
+
+from typing import Any
+
+from redis.asyncio import Redis
+
+from tollway.connectors.clickhouse import AuditStore
+from tollway.connectors.redis import connect
+from tollway.connectors.stripe import StripePort
+from tollway.streams.quota_view import QuotaView
+from tollway.streams.settings import Settings
+
+
+def audit_store(settings: Settings) -> AuditStore:
+    """ClickHouse, connected at first use."""
+    return AuditStore(
+        settings.clickhouse_host,
+        settings.clickhouse_port,
+        settings.clickhouse_user,
+        settings.clickhouse_password.get_secret_value(),
+        settings.clickhouse_database,
+        secure=settings.clickhouse_secure,
+    )
+
+
+def stripe_port(settings: Settings) -> StripePort:
+    """Stripe, or the stand-in of the local stack."""
+    return StripePort(settings.stripe_key.get_secret_value(), settings.stripe_url)
+
+
+def redis_client(settings: Settings) -> Redis:
+    """Redis or Valkey with a pool that queues instead of failing."""
+    return connect(settings.redis_url.get_secret_value())
+
+
+class Parts:
+    """What a worker's folds are connected to: made when first asked for, closed together."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._view: QuotaView | None = None
+        self._store: AuditStore | None = None
+        self._stripe: StripePort | None = None
+
+    async def quota_view(self, epoch: str) -> QuotaView:
+        """The Redis view of quota totals, its task running."""
+        self._view = QuotaView(redis_client(self._settings), epoch)
+        await self._view.start()
+        return self._view
+
+    async def audit_store(self) -> AuditStore:
+        """The audit log's database."""
+        self._store = audit_store(self._settings)
+        return self._store
+
+    async def stripe(self) -> StripePort:
+        """The rail."""
+        self._stripe = stripe_port(self._settings)
+        return self._stripe
+
+    def figures(self) -> dict[str, Any]:
+        """name → reader of figures for the health answer."""
+        return {"view": lambda: self._view.stats() if self._view else {}}
+
+    async def close(self) -> None:
+        """Let go of everything that was connected."""
+        if self._view is not None:
+            await self._view.close()
+        if self._store is not None:
+            self._store.close()
+        if self._stripe is not None:
+            await self._stripe.close()
