@@ -1,0 +1,131 @@
+"""What the commands that look print: read from Redis, ClickHouse, Kafka and Stripe, never written."""
+
+import asyncio
+import time
+from typing import Any
+
+from aiokafka import ConsumerRecord
+
+from tollway.connectors.errors import Refused
+from tollway.connectors.kafka import Admin, log_partitions, read_newest
+from tollway.connectors.redis import read_quota
+from tollway.schemas import codec
+from tollway.schemas.lane import lane, partition
+from tollway.schemas.meter_event import identifier
+from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS
+from tollway.schemas.usage import ID
+from tollway.streams.dead_letters import parse_letter
+from tollway.streams.settings import Settings
+from tollway.streams.usage_queries import usage_report
+from tollway.streams.wiring import audit_store, redis_client, stripe_port
+
+HOUR_S = 3_600
+
+
+async def quota_of(settings: Settings, account: str) -> dict[str, Any]:
+    """Redis' totals of an account, with the state of its lane."""
+    _check_account(account)
+    redis = redis_client(settings)
+    try:
+        return await read_quota(redis, account)
+    finally:
+        await redis.aclose()
+
+
+async def usage_of(settings: Settings, account: str, hours: int) -> list[dict[str, Any]]:
+    """ClickHouse's accepted usage of an account in the last `hours`."""
+    _check_account(account)
+    store = audit_store(settings)
+    now_s = int(time.time())
+    try:
+        return await asyncio.to_thread(usage_report, store, account, now_s - hours * HOUR_S, now_s + 60)
+    finally:
+        store.close()
+
+
+async def letters_of(settings: Settings) -> list[dict[str, Any]]:
+    """Every dead letter that the topic holds, oldest first; a re-sent one counts once."""
+    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    partitions = await log_partitions(admin)
+    found = await read_newest(
+        settings.kafka_bootstrap, settings.kafka_security(), DEAD_LETTERS.name, range(partitions), None
+    )
+    newest = {record.key: record for records in found.values() for record in records if record.key}
+    letters = [parse_letter(record.key, record.value or b"", record.headers) for record in newest.values()]
+    return sorted(letters, key=lambda letter: (letter["append_ms"], letter["partition"], letter["offset"]))
+
+
+async def dead_letters(settings: Settings, limit: int) -> dict[str, Any]:
+    """`total`, `by_reason` and the newest `limit` letters without their bytes."""
+    letters = await letters_of(settings)
+    by_reason: dict[str, int] = {}
+    for letter in letters:
+        by_reason[letter["reason"]] = by_reason.get(letter["reason"], 0) + 1
+    shown = [{name: value for name, value in letter.items() if name != "value_hex"} for letter in letters[-limit:]]
+    return {"total": len(letters), "by_reason": dict(sorted(by_reason.items())), "letters": shown}
+
+
+async def dead_letter_at(settings: Settings, number: int, offset: int) -> dict[str, Any]:
+    """One letter whole, decoded where its bytes decode. Raises Refused where there is none."""
+    for letter in await letters_of(settings):
+        if (letter["partition"], letter["offset"]) == (number, offset):
+            try:
+                letter["record"] = codec.decode(bytes.fromhex(letter["value_hex"]))[1]
+            except ValueError as error:
+                letter["record"], letter["undecodable"] = None, str(error)
+            return letter
+    raise Refused(f"no dead letter for partition {number}, offset {offset}: see `tollway dlq list`")
+
+
+async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
+    """Ours beside Stripe's: units by customer, meter and hour of usage."""
+    _check_account(account)
+    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    home = partition(lane(account), await log_partitions(admin))
+    found = await read_newest(settings.kafka_bootstrap, settings.kafka_security(), METER_EVENTS.name, [home], None)
+    events = _events(found[home], account)
+    hours: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for event in events:
+        # Stripe files a meter event under its timestamp, which lies in the usage window.
+        hour_s = event["last_occurred_at"] // 1_000_000 // HOUR_S * HOUR_S
+        hours.setdefault((event["customer"], event["event_name"], hour_s), []).append(event)
+    port = stripe_port(settings)
+    rows = []
+    try:
+        for (customer, name, hour_s), ours in sorted(hours.items()):
+            theirs = await port.summary(name, customer, hour_s)
+            units = sum(event["units"] for event in ours)
+            rows.append(
+                {
+                    "customer": customer,
+                    "meter": name,
+                    "hour": time.strftime("%Y-%m-%dT%H:00Z", time.gmtime(hour_s)),
+                    "events": len(ours),
+                    "units": units,
+                    "stripe_units": theirs,
+                    "agree": units == theirs,
+                }
+            )
+    finally:
+        await port.close()
+    return {
+        "account": account,
+        "customer": events[-1]["customer"] if events else None,
+        "rows": rows,
+        "events": [{**event, "identifier": identifier(event)} for event in events],
+    }
+
+
+def _events(records: list[ConsumerRecord], account: str) -> list[Any]:
+    """The account's meter events, each n once."""
+    found: dict[int, Any] = {}
+    for record in records:
+        if record.key == account.encode() and record.value:
+            _, event = codec.decode(record.value)
+            found.setdefault(event["n"], event)
+    return [found[n] for n in sorted(found)]
+
+
+def _check_account(account: str) -> None:
+    if not ID.fullmatch(account):
+        raise Refused(f"account is {account!r}: ids match {ID.pattern}")

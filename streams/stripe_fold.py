@@ -1,0 +1,171 @@
+"""billing.meter_events → Stripe: the fold of group `stripe`, whose state is what it has tried and what came of it.
+
+That state is no function of its log, so its checkpoints carry a turn and are written by a transactional producer a
+partition, started at assignment: the broker then refuses whoever owned the partition before (design §7).
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from aiokafka import AIOKafkaProducer, ConsumerRecord
+from aiokafka.errors import KafkaError, ProducerFenced
+
+from tollway.connectors.errors import Fatal, Unavailable
+from tollway.connectors.kafka import started_producer
+from tollway.connectors.stripe import StripePort
+from tollway.schemas import codec
+from tollway.schemas.meter_event import MeterEvent
+from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS
+from tollway.streams.batch import Records
+from tollway.streams.engine import Send
+from tollway.streams.failpoint import Failpoints
+from tollway.streams.settings import Settings
+from tollway.streams.stripe_sender import Sender, SenderState
+
+TRANSACTION_TIMEOUT_MS = 10_000
+"""A worker that died in a transaction holds back readers of committed records for this long at most."""
+
+Think = Callable[[Any], Awaitable[Any]]
+
+
+@dataclass
+class StripeState:
+    """A partition of billing.meter_events: its offset and its sender."""
+
+    partition: int
+    next_offset: int
+    sender: Sender
+    due_at: float = 0.0
+    saved: bytes = b""
+
+    def dump(self) -> dict[str, Any]:
+        """As msgpack takes it."""
+        return {"next_offset": self.next_offset, "sender": self.sender.state.dump()}
+
+
+@dataclass
+class MeterEvents:
+    """Meter events of one partition, in their order."""
+
+    state: StripeState
+    events: list[MeterEvent]
+
+
+def think_stripe(subject: MeterEvents) -> None:
+    """Agent stripe: take meter events into the sender's state; sending follows, with its attempts on record first."""
+    if not subject.state.sender.take(subject.events):
+        raise Fatal("more meter events were taken than the sender has room for")
+
+
+def fresh() -> dict[str, Any]:
+    """Dump of a sender that has seen nothing."""
+    return {"next_offset": 0, "sender": SenderState().dump()}
+
+
+class StripeFold:
+    """Takes meter events and drives the senders of its partitions."""
+
+    group, topic, ticks, by_turn = "stripe", METER_EVENTS.name, False, True
+
+    def __init__(self, epoch: str, stripe: Think, port: StripePort, settings: Settings, failpoints: Failpoints) -> None:
+        self._epoch, self._stripe, self._port, self._fail = epoch, stripe, port, failpoints
+        self._settings = settings
+        self._producers: dict[int, AIOKafkaProducer] = {}
+        self._save: Callable[[int], Awaitable[None]] | None = None
+
+    def bind(self, save: Callable[[int], Awaitable[None]]) -> None:
+        """The engine's writer of a partition's checkpoint."""
+        self._save = save
+
+    async def fence(self, partitions: list[int]) -> None:
+        """Start the partitions' transactional producers: their former owners can write no more."""
+        await asyncio.gather(*(self._fence(number) for number in partitions))
+
+    async def _fence(self, number: int) -> None:
+        await self._drop(number)
+        self._producers[number] = await started_producer(
+            self._settings.kafka_bootstrap,
+            self._settings.kafka_security(),
+            transactional_id=f"stripe-{self._epoch}-{number}",
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+        )
+
+    async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
+        """One transaction. Raises Fatal where another worker owns the partition now."""
+        producer = self._producers[number]
+        try:
+            async with producer.transaction():
+                for key, value in records:
+                    await producer.send_and_wait(CHECKPOINTS.name, value, key=key, partition=number)
+        except ProducerFenced as error:
+            raise Fatal(f"partition {number} has another sender now: this worker was away too long") from error
+        except KafkaError as error:
+            await self._fence(number)
+            raise Unavailable(f"checkpoint of partition {number} not written: {error}") from error
+
+    def load(self, partition: int, state: dict[str, Any]) -> StripeState:
+        """A sender with its attempts and outcomes."""
+
+        async def save() -> None:
+            if self._save is None:
+                raise Fatal("the sender has no way to put attempts on record")
+            await self._save(partition)
+            self._fail.hit("stripe.after_attempts")
+
+        sender = Sender(SenderState.load(state["sender"]), self._port, save, lambda: int(time.time()))
+        return StripeState(partition, state["next_offset"], sender)
+
+    async def assigned(self, states: dict[int, StripeState]) -> None:
+        """Nothing to show."""
+
+    async def revoked(self, partitions: list[int]) -> None:
+        """Stop writing for them."""
+        for number in partitions:
+            await self._drop(number)
+
+    def ready(self, state: StripeState, stash: list[ConsumerRecord]) -> int:
+        """As many as the sender has room for."""
+        return min(len(stash), state.sender.room())
+
+    async def take(self, state: StripeState, records: Records) -> None:
+        """Into the sender's state, with the offset behind them."""
+        events = [cast(MeterEvent, codec.decode(value)[1]) for value in records.values if value]
+        await self._stripe(MeterEvents(state, events))
+        state.next_offset = int(records.offsets[-1]) + 1
+        state.due_at = 0.0
+
+    async def settle(self, effects: list[None], send: Send) -> None:
+        """Effects are calls, made in `tend` once their attempts are on record."""
+
+    def settled(self, partition: int, state: StripeState) -> None:
+        """Nothing to show."""
+
+    async def tend(self, states: dict[int, StripeState]) -> None:
+        """A round of every sender that has something due."""
+        now = time.monotonic()
+        due = [state for state in states.values() if state.due_at <= now]
+        await asyncio.gather(*(self._drive(state) for state in due))
+
+    async def _drive(self, state: StripeState) -> None:
+        wait_s = await state.sender.drive()
+        self._fail.hit("stripe.after_calls")
+        state.due_at = time.monotonic() + (wait_s if wait_s is not None else 3600)
+
+    def may_tick(self, state: StripeState) -> bool:
+        """Ticks are of the log, not of its effects."""
+        return False
+
+    def stats(self, state: StripeState) -> dict[str, Any]:
+        """For `tollway status`."""
+        return dict(state.sender.status())
+
+    async def _drop(self, number: int) -> None:
+        producer = self._producers.pop(number, None)
+        if producer is not None:
+            try:
+                await asyncio.wait_for(producer.stop(), 2)
+            except (KafkaError, TimeoutError):
+                return  # fenced or cut off: its successor has taken over

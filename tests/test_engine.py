@@ -1,0 +1,252 @@
+"""The engine on a real broker: checkpoint and seek, stop one partition and not the others, ticks, take-overs."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from tests.records import source, usage
+from tollway.connectors.control import Control, Signer
+from tollway.connectors.embedded.kafka import KafkaBroker
+from tollway.connectors.errors import Refused
+from tollway.connectors.kafka import Admin, epoch_of, read_newest, started_producer
+from tollway.schemas import codec
+from tollway.schemas.lane import lane
+from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
+from tollway.streams.accounts import AccountsFold, think_billing, think_quota
+from tollway.streams.bootstrap import create, new_command_id
+from tollway.streams.engine import Engine, EngineConfig
+from tollway.streams.failpoint import Failpoints
+from tollway.streams.settings import Settings
+from tollway.streams.state import PartitionState
+
+PARTITIONS = 4
+DEADLINE_S = 40
+
+
+class Shown:
+    """A view that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.offsets: dict[int, int] = {}
+
+    async def assigned(self, states: dict[int, PartitionState]) -> None:
+        """Nothing to refresh."""
+
+    async def revoked(self, partitions: list[int]) -> None:
+        """Nothing to let go."""
+
+    def note(self, partition: int, state: PartitionState) -> None:
+        """Offsets up to which effects are acknowledged."""
+        self.offsets[partition] = state.next_offset
+
+
+def direct(think: Callable[[Any], Any]) -> Callable[[Any], Awaitable[Any]]:
+    """Think without the hop over a channel."""
+
+    async def hand(subject: Any) -> Any:
+        return think(subject)
+
+    return hand
+
+
+class Log:
+    """A new log on a broker of its own."""
+
+    def __init__(self, settings: Settings, epoch: str, producer: AIOKafkaProducer) -> None:
+        self.settings, self.epoch, self.producer = settings, epoch, producer
+        self.control = Control(producer, Signer.read(settings.data / "control.key"), PARTITIONS, new_command_id)
+
+    def account(self, partition: int) -> str:
+        """An account that lives in a partition."""
+        return next(name for name in (f"acct-{i}" for i in range(100)) if lane(name) % PARTITIONS == partition)
+
+    async def emit(self, partition: int, sequence: int, **fields: Any) -> None:
+        """One usage event, waited for."""
+        event = usage(
+            at_ms=time.time_ns() // 1_000_000,
+            **{"account": self.account(partition), "source": self.source, "sequence": sequence, **fields},
+        )
+        await self.producer.send_and_wait(
+            USAGE.name, codec.encode("UsageEvent", event), key=event["account"].encode(), partition=partition
+        )
+
+    @property
+    def source(self) -> str:
+        """A source born now."""
+        if not hasattr(self, "_source"):
+            self._source = source(1, time.time_ns() // 1_000_000)
+        return self._source
+
+    def engine(self, view: Shown, **config: Any) -> Engine:
+        """Group accounts over this log."""
+        key = Signer.read(self.settings.data / "control.key").public_key
+        fold = AccountsFold(self.epoch, PARTITIONS, key, direct(think_quota), direct(think_billing), view, Failpoints())
+        given = {
+            "checkpoint_s": 3600.0,
+            "tick_idle_s": 3600.0,
+            "session_timeout_ms": 1000,
+            "instance_id": "0",
+            **config,
+        }
+        return Engine(
+            fold,
+            EngineConfig(self.settings.kafka_bootstrap, given.pop("epoch", self.epoch), PARTITIONS, **given),
+            Failpoints(),
+        )
+
+    async def values(self, topic: str) -> list[Any]:
+        """Every record of a topic."""
+        found = await read_newest(self.settings.kafka_bootstrap, {}, topic, range(PARTITIONS), None)
+        return [record for records in found.values() for record in records]
+
+
+@pytest.fixture
+async def log(tmp_path: Path) -> AsyncIterator[Log]:
+    broker = KafkaBroker(tmp_path / "kafka", settings={"group.min.session.timeout.ms": "500"})
+    broker.start()
+    try:
+        broker.wait_ready()
+        settings = Settings(
+            data=tmp_path,
+            kafka_bootstrap=broker.bootstrap,
+            partitions=PARTITIONS,
+            billing_window_s=10,
+            billing_grace_s=5,
+        )
+        done = await create(settings)
+        producer = await started_producer(broker.bootstrap, {})
+        opened = Log(settings, done["epoch"], producer)
+        await opened.control.broadcast("meter.add", {"meter": "calls", "event_name": "calls"})
+        for partition in range(PARTITIONS):
+            await opened.control.send(opened.account(partition), "account.open", {})
+        yield opened
+        await producer.stop()
+    finally:
+        broker.kill()
+
+
+@asynccontextmanager
+async def running(*engines: Engine, crash: bool = False) -> AsyncIterator[None]:
+    """Engines at work; ended cleanly, or dropped as they are where a crash is meant."""
+    tasks = [asyncio.create_task(engine.work()) for engine in engines]
+    try:
+        yield
+    finally:
+        for engine in engines:
+            if crash:
+                engine.owned = {}  # nothing is checkpointed any more
+            await engine.stop()
+        await asyncio.gather(*tasks)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for a condition, at most DEADLINE_S."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+def used(state: PartitionState, account: str) -> int:
+    """Month total of `calls` at the account's scope."""
+    totals: dict[tuple[str, str, str, int], int] = state.parts["quota"].totals(account)
+    return sum(
+        units for (scope, meter, window, _), units in totals.items() if (scope, meter, window) == ("acct", "calls", "M")
+    )
+
+
+async def test_a_crash_repeats_and_doubles_nothing(log: Log) -> None:
+    """What was folded after the last checkpoint is folded again from there: same totals, each dead letter once."""
+    account = log.account(1)
+    for sequence in range(1, 6):
+        await log.emit(1, sequence)
+    await log.emit(1, 3)
+    await log.emit(1, 6, principal="not an id")
+    first = Shown()
+    engine = log.engine(first)
+    async with running(engine, crash=True):
+        await until(lambda: first.offsets.get(1) == 10)
+        assert used(engine.owned[1].state, account) == 5
+    second = Shown()
+    again = log.engine(second)
+    async with running(again):
+        await until(lambda: second.offsets.get(1) == 10)
+        assert used(again.owned[1].state, account) == 5
+    third = Shown()
+    resumed = log.engine(third)
+    async with running(resumed):
+        await until(lambda: 1 in resumed.owned)
+        assert (resumed.owned[1].checkpointed, used(resumed.owned[1].state, account)) == (10, 5)
+    letters = await log.values(DEAD_LETTERS.name)
+    assert {(record.key, dict(record.headers)["reason"]) for record in letters} == {
+        (f"{log.epoch}|1|9".encode(), b"bad_id")
+    }
+
+
+async def test_one_partition_stops_red_and_the_others_go_on(log: Log) -> None:
+    """A schema id from a newer emitter stops its partition with the reason; usage elsewhere is still counted."""
+    newer = b"\0" + (1_000_099).to_bytes(4, "big") + b"\x02"
+    await log.producer.send_and_wait(USAGE.name, newer, key=log.account(2).encode(), partition=2)
+    await log.emit(0, 1)
+    engine = log.engine(shown := Shown())
+    async with running(engine):
+        await until(lambda: shown.offsets.get(0) == 4 and engine.owned[2].stopped is not None)
+        health = engine.health()
+        assert (health["healthy"], list(health["reasons"])) == (False, ["2"])
+        assert "deploy workers before emitters" in health["reasons"]["2"]
+        await log.emit(3, 1)
+        await until(lambda: shown.offsets.get(3) == 4)
+
+
+async def test_an_idle_partition_is_ticked_and_its_window_closes(log: Log) -> None:
+    """Usage is billed although nothing comes behind it: ticks carry log time over the flush."""
+    await log.control.send(log.account(0), "customer.bind", {"customer": "cus_0"})
+    await log.emit(0, 1, quantities={"calls": 7})
+    engine = log.engine(Shown(), tick_idle_s=1.0)
+    async with running(engine):
+        found: list[Any] = []
+        async with asyncio.timeout(DEADLINE_S):
+            while not found:
+                found = await log.values(METER_EVENTS.name)
+    _, event = codec.decode(found[0].value)
+    assert (event["customer"], event["units"], event["n"], found[0].partition) == ("cus_0", 7, 1, 0)
+
+
+async def test_two_workers_share_and_take_over(log: Log) -> None:
+    """A second worker takes partitions over from their checkpoints; after it is gone the first has all again."""
+    for partition in range(PARTITIONS):
+        await log.emit(partition, 1)
+    one, two = log.engine(shown := Shown(), instance_id="1"), log.engine(other := Shown(), instance_id="2")
+    async with running(one):
+        await until(lambda: sorted(shown.offsets) == [0, 1, 2, 3])
+        async with running(two):
+            await until(lambda: len(two.owned) == 2 and len(one.owned) == 2)
+            for partition in range(PARTITIONS):
+                await log.emit(partition, 2)
+            await until(
+                lambda: all(
+                    {**shown.offsets, **{k: v for k, v in other.offsets.items() if k in two.owned}}[p] == 5
+                    for p in range(4)
+                )
+            )
+        await until(lambda: len(one.owned) == 4)
+        await until(lambda: all(used(owned.state, log.account(number)) == 2 for number, owned in one.owned.items()))
+
+
+async def test_no_checkpoint_and_another_logs_checkpoint_are_refused(log: Log) -> None:
+    """A worker never guesses that a log is new, and never mixes two."""
+    with pytest.raises(Refused, match="another log than the checkpoint's"):
+        await log.engine(Shown(), epoch="0-other").work()
+
+
+async def test_a_second_create_changes_nothing(log: Log) -> None:
+    """`topics create` on a log that stands finds nothing to do."""
+    done = await create(log.settings)
+    assert (done["created"], done["opened"], done["epoch"]) == ([], [], log.epoch)
+    admin = Admin(log.settings.kafka_bootstrap)
+    assert epoch_of(await admin.topic_id(USAGE.name)) == log.epoch
