@@ -1,11 +1,10 @@
 """usage.events → quota totals, meter events, dead letters: the fold of group `accounts`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aiokafka import ConsumerRecord
-from tollway.streams.quota import Quota
 
 from tollway.connectors.errors import Fatal
 from tollway.schemas import codec
@@ -16,7 +15,9 @@ from tollway.streams.billing import Billing
 from tollway.streams.dead_letters import dead_letter
 from tollway.streams.engine import Message, Send
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.hand import Work, take
 from tollway.streams.judge import cut, judge, log_times
+from tollway.streams.quota import Quota
 from tollway.streams.state import PartitionState
 
 PARTS: dict[str, Any] = {"quota": Quota, "billing": Billing}
@@ -60,29 +61,41 @@ Think = Callable[[Any], Awaitable[Any]]
 
 def think_quota(subject: Step | Fact) -> None:
     """Agent quota: count a batch, or let go of windows that a new step has closed."""
-    quota: Quota = subject.state.parts["quota"]
+    part: Quota = subject.state.parts["quota"]
     if isinstance(subject, Step):
-        quota.on_step(subject.step_time_s)
+        part.on_step(subject.step_time_s)
     elif subject.batch.command is None:
-        quota.fold(subject.state.directory, subject.batch)
+        part.fold(subject.state.directory, subject.batch)
     elif subject.batch.command["kind"] in ("policy.set", "account.open"):
-        quota.on_command(subject.state.directory, subject.batch.command["account"])
+        part.on_command(subject.state.directory, subject.batch.command["account"])
 
 
 def think_billing(subject: Step | Fact) -> list[MeterEvent]:
     """Agent billing: accumulate a batch, or flush what a new step lets go."""
-    billing: Billing = subject.state.parts["billing"]
+    part: Billing = subject.state.parts["billing"]
     if isinstance(subject, Step):
-        return billing.on_step(subject.state.directory, subject.step_time_s)
+        return part.on_step(subject.state.directory, subject.step_time_s)
     if subject.batch.command is None:
-        billing.fold(subject.state.directory, subject.batch)
+        part.fold(subject.state.directory, subject.batch)
     return []
+
+
+async def quota(works: AsyncIterable[Work]) -> None:
+    """Agent quota."""
+    async for work in works:
+        take(work, think_quota)
+
+
+async def billing(works: AsyncIterable[Work]) -> None:
+    """Agent billing."""
+    async for work in works:
+        take(work, think_billing)
 
 
 class AccountsFold:
     """Hands each batch to the agents quota and billing; dead-letters what was refused."""
 
-    group, topic, ticks, by_turn = "accounts", USAGE.name, True, False
+    group, topic, ticks, fencing = "accounts", USAGE.name, True, None
 
     def __init__(
         self,

@@ -13,16 +13,16 @@ from typing import Any
 
 import faust
 from mode import Service
-from tollway.streams.stripe_fold import MeterEvents, StripeFold, think_stripe
-from tollway.streams.wiring import Parts
 
 from tollway.connectors.errors import TollwayError
-from tollway.streams.accounts import AccountsFold, Fact, Step, think_billing, think_quota
-from tollway.streams.audit_fold import AuditFold, BlockOf, think_audit
+from tollway.streams.accounts import AccountsFold, billing, quota
+from tollway.streams.audit_fold import AuditFold, audit
 from tollway.streams.engine import Engine
 from tollway.streams.failpoint import Failpoints
-from tollway.streams.hand import Hand, take
+from tollway.streams.hand import Hand
 from tollway.streams.settings import Settings
+from tollway.streams.stripe_fold import StripeFold, stripe
+from tollway.streams.wiring import Parts
 from tollway.streams.worker import Health, Replica, engine_config, public_key_of, run_engines, tune_collector
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,7 @@ class Host:
             web_enabled=False,
             broker_credentials=_credentials(settings),
         )
-        self.quota, self.billing = self._channel(Step | Fact), self._channel(Step | Fact)
-        self.audit, self.stripe = self._channel(BlockOf), self._channel(MeterEvents)
+        self.quota, self.billing, self.audit, self.stripe = (self.app.channel(maxsize=1) for _ in range(4))
         self._agents()
         host = self
 
@@ -68,37 +67,18 @@ class Host:
         self._engines: list[Engine] = []
         self._running: asyncio.Task[None] | None = None
 
-    def _channel(self, kind: Any) -> Any:
-        return self.app.channel(maxsize=1)
-
     def _agents(self) -> None:
         """The arrows of the flow. An app with channel agents alone crashes at subscribe: hence the control topic."""
         control = self.app.topic("tollway.control", partitions=1, internal=True, value_serializer="raw")
 
-        @self.app.agent(control, name="control")
-        async def nothing(stream: Any) -> None:
-            async for _ in stream:
-                log.warning("a record on tollway.control: nothing is ever sent there")
-
-        @self.app.agent(self.quota, name="quota")
-        async def quota(works: Any) -> None:
-            async for work in works:
-                take(work, think_quota)
-
-        @self.app.agent(self.billing, name="billing")
-        async def billing(works: Any) -> None:
-            async for work in works:
-                take(work, think_billing)
-
-        @self.app.agent(self.audit, name="audit")
-        async def audit(works: Any) -> None:
-            async for work in works:
-                take(work, think_audit)
-
-        @self.app.agent(self.stripe, name="stripe")
-        async def stripe(works: Any) -> None:
-            async for work in works:
-                take(work, think_stripe)
+        for channel, name, agent in (
+            (control, "control", nothing),
+            (self.quota, "quota", quota),
+            (self.billing, "billing", billing),
+            (self.audit, "audit", audit),
+            (self.stripe, "stripe", stripe),
+        ):
+            self.app.agent(channel, name=name)(agent)
 
     def start(self) -> None:
         """Begin folding."""
@@ -154,6 +134,12 @@ class Host:
             store = await parts.audit_store()
             return AuditFold(epoch, partitions, public_key_of(settings), Hand(self.audit), store, failpoints)
         return StripeFold(epoch, Hand(self.stripe), await parts.stripe(), settings, failpoints)
+
+
+async def nothing(stream: Any) -> None:
+    """Agent control: keeps Faust's consumer in a group."""
+    async for _ in stream:
+        log.warning("a record on tollway.control: nothing is ever sent there")
 
 
 def _credentials(settings: Settings) -> Any:

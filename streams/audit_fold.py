@@ -1,6 +1,6 @@
 """usage.events → ClickHouse: the fold of group `audit`, whole blocks at a time."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tollway.streams.batch import Batch, Records
 from tollway.streams.cutter import BlockCutter
 from tollway.streams.engine import Send
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.hand import Work, take
 from tollway.streams.judge import cut, judge, log_times
 from tollway.streams.state import PartitionState
 
@@ -34,8 +35,14 @@ class BlockOf:
 
 def think_audit(subject: BlockOf) -> Block:
     """Agent audit: rows of both tables, the manifest and the chain of one block."""
-    audit: Audit = subject.state.parts["audit"]
-    return audit.block(subject.batches, subject.state.epoch)
+    part: Audit = subject.state.parts["audit"]
+    return part.block(subject.batches, subject.state.epoch)
+
+
+async def audit(works: AsyncIterable[Work]) -> None:
+    """Agent audit."""
+    async for work in works:
+        take(work, think_audit)
 
 
 def judge_block(state: PartitionState, records: Records) -> list[Batch]:
@@ -55,7 +62,7 @@ def judge_block(state: PartitionState, records: Records) -> list[Batch]:
 class AuditFold:
     """Every record, with its raw bytes and its verdict; a partition's state only ever stands between two blocks."""
 
-    group, topic, ticks, by_turn = "audit", USAGE.name, True, False
+    group, topic, ticks, fencing = "audit", USAGE.name, True, None
 
     def __init__(
         self, epoch: str, partitions: int, public_key: str, audit: Think, store: AuditStore, failpoints: Failpoints

@@ -56,8 +56,8 @@ class Fold(Protocol):
     group: str
     topic: str
     ticks: bool
-    by_turn: bool
-    """The state is no function of the log: the checkpoint with the highest turn counts, and every write is fenced."""
+    fencing: "Fencing | None"
+    """Set where the state is no function of the log: the checkpoint with the highest turn counts then."""
 
     def load(self, partition: int, state: dict[str, Any]) -> Any:
         """A partition's state from its dump. Raises Fatal where it is another log's."""
@@ -88,6 +88,19 @@ class Fold(Protocol):
 
     def stats(self, state: Any) -> dict[str, Any]:
         """Small figures for `tollway status`, carried in the checkpoint's header."""
+
+
+class Fencing(Protocol):
+    """Checkpoints that a former owner can no longer write."""
+
+    def bind(self, save: Callable[[int], Awaitable[None]]) -> None:
+        """Told once how to save a partition."""
+
+    async def fence(self, partitions: list[int]) -> None:
+        """Shut former owners out, before anything is read."""
+
+    async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
+        """Append one checkpoint's records. Raises Unavailable, or Fatal where somebody else owns the partition."""
 
 
 @dataclass
@@ -147,6 +160,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self.blocked: tuple[float, str] | None = None
         self.losses: list[float] = []
         self.events = 0
+        self.joined = False
         self._lock = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -155,6 +169,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self._last_tick: dict[int, float] = {}
         self.consumer: AIOKafkaConsumer | None = None
         self.producer: AIOKafkaProducer | None = None
+        if fold.fencing is not None:
+            fold.fencing.bind(self.save)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -184,6 +200,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
     def health(self) -> dict[str, Any]:
         """Red with reasons where a partition is stopped or effects are not acknowledged; green otherwise."""
         reasons = {str(number): owned.stopped for number, owned in self.owned.items() if owned.stopped}
+        if not self.joined:
+            reasons["group"] = "not joined yet"
         if self.blocked and time.monotonic() - self.blocked[0] > BLOCKED_RED_S:
             reasons["effects"] = self.blocked[1]
         large = [number for number, owned in self.owned.items() if owned.size > checkpoint.RED_BYTES]
@@ -406,9 +424,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
         """Append checkpoint records and wait; folds with fenced checkpoints bring their own writer."""
-        writer = getattr(self.fold, "write_checkpoint", None)
-        if writer is not None:
-            await writer(number, records)
+        if self.fold.fencing is not None:
+            await self.fold.fencing.write_checkpoint(number, records)
             return
         await self.send([(CHECKPOINTS.name, number, key, value, ()) for key, value in records])
 
@@ -478,6 +495,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 await self._load(sorted(tp.partition for tp in assigned))
                 await self.fold.assigned({number: owned.state for number, owned in self.owned.items()})
+                self.joined = True
             except TollwayError as error:
                 self._fatal = error  # raised by the next fetch: a listener's exception would only be logged
 
@@ -505,7 +523,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         if not partitions:
             return
         assert self.consumer is not None
-        await self._before_load(partitions)
+        if self.fold.fencing is not None:
+            await self.fold.fencing.fence(partitions)
         found = await self._newest(partitions)
         now = time.monotonic()
         for place, number in enumerate(partitions):
@@ -524,12 +543,6 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             )
             self.consumer.seek(TopicPartition(self.fold.topic, number), state.next_offset)
 
-    async def _before_load(self, partitions: list[int]) -> None:
-        """Folds with fenced checkpoints shut out the former owner before they read."""
-        fence = getattr(self.fold, "fence", None)
-        if fence is not None:
-            await fence(partitions)
-
     async def _newest(self, partitions: list[int]) -> dict[int, checkpoint.Checkpoint]:
         """Newest valid checkpoints: looked for in the tail first, then in all there is."""
         found: dict[int, checkpoint.Checkpoint] = {}
@@ -539,11 +552,11 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             if not missing:
                 break
             seen = await read_checkpoints(
-                self.config.bootstrap, self.config.security, missing, tail, committed=self.fold.by_turn
+                self.config.bootstrap, self.config.security, missing, tail, committed=self.fold.fencing is not None
             )
             for number in missing:
                 newest = checkpoint.newest(
-                    seen[number], self.fold.group, self.config.epoch, number, by_turn=self.fold.by_turn
+                    seen[number], self.fold.group, self.config.epoch, number, by_turn=self.fold.fencing is not None
                 )
                 if newest is not None:
                     found[number] = newest

@@ -4,15 +4,14 @@ import asyncio
 import time
 from typing import Any
 
-from aiokafka import ConsumerRecord
-
 from tollway.connectors.errors import Refused
 from tollway.connectors.kafka import Admin, log_partitions, read_newest
+from tollway.connectors.meter_events import meter_events_since
 from tollway.connectors.redis import read_quota
 from tollway.schemas import codec
 from tollway.schemas.lane import lane, partition
 from tollway.schemas.meter_event import identifier
-from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS
+from tollway.schemas.topics import DEAD_LETTERS
 from tollway.schemas.usage import ID
 from tollway.streams.dead_letters import parse_letter
 from tollway.streams.settings import Settings
@@ -82,8 +81,9 @@ async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
     _check_account(account)
     admin = Admin(settings.kafka_bootstrap, settings.admin_security())
     home = partition(lane(account), await log_partitions(admin))
-    found = await read_newest(settings.kafka_bootstrap, settings.kafka_security(), METER_EVENTS.name, [home], None)
-    events = _events(found[home], account)
+    found = await meter_events_since(settings.kafka_bootstrap, settings.kafka_security(), home, account, 0)
+    by_n = {event["n"]: event for event in found}
+    events = [by_n[n] for n in sorted(by_n)]
     hours: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for event in events:
         # Stripe files a meter event under its timestamp, which lies in the usage window.
@@ -114,16 +114,6 @@ async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
         "rows": rows,
         "events": [{**event, "identifier": identifier(event)} for event in events],
     }
-
-
-def _events(records: list[ConsumerRecord], account: str) -> list[Any]:
-    """The account's meter events, each n once."""
-    found: dict[int, Any] = {}
-    for record in records:
-        if record.key == account.encode() and record.value:
-            _, event = codec.decode(record.value)
-            found.setdefault(event["n"], event)
-    return [found[n] for n in sorted(found)]
 
 
 def _check_account(account: str) -> None:

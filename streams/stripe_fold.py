@@ -5,8 +5,9 @@ partition, started at assignment: the broker then refuses whoever owned the part
 """
 
 import asyncio
+import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from aiokafka.errors import KafkaError, ProducerFenced
 
 from tollway.connectors.errors import Fatal, Unavailable
 from tollway.connectors.kafka import started_producer
+from tollway.connectors.meter_events import meter_events_since
 from tollway.connectors.stripe import StripePort
 from tollway.schemas import codec
 from tollway.schemas.meter_event import MeterEvent
@@ -22,11 +24,15 @@ from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS
 from tollway.streams.batch import Records
 from tollway.streams.engine import Send
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.hand import Work, take
 from tollway.streams.settings import Settings
-from tollway.streams.stripe_sender import Sender, SenderState
+from tollway.streams.stripe_outbox import PENDING_MAX, Outbox
+from tollway.streams.stripe_sender import Sender
 
 TRANSACTION_TIMEOUT_MS = 10_000
 """A worker that died in a transaction holds back readers of committed records for this long at most."""
+
+IDLE_S = 3600
 
 Think = Callable[[Any], Awaitable[Any]]
 
@@ -39,11 +45,10 @@ class StripeState:
     next_offset: int
     sender: Sender
     due_at: float = 0.0
-    saved: bytes = b""
 
     def dump(self) -> dict[str, Any]:
         """As msgpack takes it."""
-        return {"next_offset": self.next_offset, "sender": self.sender.state.dump()}
+        return {"next_offset": self.next_offset, "sender": self.sender.outbox.dump()}
 
 
 @dataclass
@@ -60,21 +65,28 @@ def think_stripe(subject: MeterEvents) -> None:
         raise Fatal("more meter events were taken than the sender has room for")
 
 
+async def stripe(works: AsyncIterable[Work]) -> None:
+    """Agent stripe."""
+    async for work in works:
+        take(work, think_stripe)
+
+
 def fresh() -> dict[str, Any]:
     """Dump of a sender that has seen nothing."""
-    return {"next_offset": 0, "sender": SenderState().dump()}
+    return {"next_offset": 0, "sender": Outbox().dump()}
 
 
 class StripeFold:
     """Takes meter events and drives the senders of its partitions."""
 
-    group, topic, ticks, by_turn = "stripe", METER_EVENTS.name, False, True
+    group, topic, ticks = "stripe", METER_EVENTS.name, False
 
     def __init__(self, epoch: str, stripe: Think, port: StripePort, settings: Settings, failpoints: Failpoints) -> None:
         self._epoch, self._stripe, self._port, self._fail = epoch, stripe, port, failpoints
         self._settings = settings
         self._producers: dict[int, AIOKafkaProducer] = {}
         self._save: Callable[[int], Awaitable[None]] | None = None
+        self.fencing = self
 
     def bind(self, save: Callable[[int], Awaitable[None]]) -> None:
         """The engine's writer of a partition's checkpoint."""
@@ -115,7 +127,19 @@ class StripeFold:
             await self._save(partition)
             self._fail.hit("stripe.after_attempts")
 
-        sender = Sender(SenderState.load(state["sender"]), self._port, save, lambda: int(time.time()))
+        async def history(account: str, since_s: int) -> list[MeterEvent]:
+            return await meter_events_since(
+                self._settings.kafka_bootstrap, self._settings.kafka_security(), partition, account, since_s
+            )
+
+        sender = Sender(
+            Outbox.load(state["sender"]),
+            self._port,
+            save,
+            lambda: int(time.time()),
+            history=history,
+            rng=random.Random(),
+        )
         return StripeState(partition, state["next_offset"], sender)
 
     async def assigned(self, states: dict[int, StripeState]) -> None:
@@ -128,7 +152,7 @@ class StripeFold:
 
     def ready(self, state: StripeState, stash: list[ConsumerRecord]) -> int:
         """As many as the sender has room for."""
-        return min(len(stash), state.sender.room())
+        return min(len(stash), PENDING_MAX - state.sender.outbox.pending)
 
     async def take(self, state: StripeState, records: Records) -> None:
         """Into the sender's state, with the offset behind them."""
@@ -152,7 +176,9 @@ class StripeFold:
     async def _drive(self, state: StripeState) -> None:
         wait_s = await state.sender.drive()
         self._fail.hit("stripe.after_calls")
-        state.due_at = time.monotonic() + (wait_s if wait_s is not None else 3600)
+        if state.sender.outbox.changed:
+            wait_s = 0  # the next round puts what came of this one on record
+        state.due_at = time.monotonic() + (wait_s if wait_s is not None else IDLE_S)
 
     def may_tick(self, state: StripeState) -> bool:
         """Ticks are of the log, not of its effects."""
@@ -160,7 +186,8 @@ class StripeFold:
 
     def stats(self, state: StripeState) -> dict[str, Any]:
         """For `tollway status`."""
-        return dict(state.sender.status())
+        found = state.sender.status()
+        return {name: len(found[name]) for name in ("pending", "alarms", "dead")}
 
     async def _drop(self, number: int) -> None:
         producer = self._producers.pop(number, None)
