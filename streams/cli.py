@@ -44,6 +44,9 @@ for name, sub in (
 ):
     app.add_typer(sub, name=name)
 
+WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
+
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the local stack and the signing key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -64,7 +67,8 @@ def table(title: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
         shown.add_column(column, justify="right" if right else "left")
     for row in rows:
         shown.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
-    Console().print(shown)
+    console = Console()
+    console.print(shown, width=console.width if console.is_terminal else WIDTH)
 
 
 def read_settings(data: Path | None, **more: Any) -> Settings:

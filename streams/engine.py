@@ -84,7 +84,7 @@ class Fold(Protocol):
         """Work that time brings, once a turn."""
 
     def may_tick(self, state: Any) -> bool:
-        """Whether an idle partition gets a tick."""
+        """Whether an idle partition with nothing fetched gets a tick."""
 
     def stats(self, state: Any) -> dict[str, Any]:
         """Small figures for `tollway status`, carried in the checkpoint's header."""
@@ -468,9 +468,9 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             number
             for number, owned in self.owned.items()
             if not owned.stopped
-            and not owned.stash
+            and not owned.paused
             and now - max(owned.heard_at, self._last_tick.get(number, 0.0)) >= self.config.tick_idle_s
-            and self.fold.may_tick(owned.state)
+            and (owned.stash or self.fold.may_tick(owned.state))
         ]
         if idle:
             await self.send([(self.fold.topic, number, TICK_KEY, None, ()) for number in idle])
