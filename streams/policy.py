@@ -1,0 +1,60 @@
+"""An account's policy, read two ways: what the fold counts, and what the gate is told (design §5, §6)."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgpack
+
+from tollway.schemas.command import PRINCIPAL, SCOPE_KINDS
+from tollway.streams.windows import FINEST_FIRST
+
+PRINCIPAL_KINDS = ("user", "client", "anon")
+KIND_CODES = {kind: code for code, kind in enumerate(SCOPE_KINDS)}
+PLANS_MAX = 4_096  # distinct policies remembered; a forgotten one is compiled again
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one policy counts. Equal policies share one plan, so that their accounts are counted together."""
+
+    shapes: tuple[tuple[tuple[str, ...], tuple[tuple[int, str], ...]], ...]
+    """(windows, finest first; the (scope kind code, meter) pairs counted in just these windows)."""
+
+
+def plan(policy: dict[str, Any]) -> Plan:
+    """The plan of a policy's `counts`. What two rows name is counted once; `principal` is user, client and anon."""
+    return _plan(msgpack.packb([[row["meter"], row["windows"], row["scopes"]] for row in policy["counts"]]))
+
+
+@lru_cache(PLANS_MAX)
+def _plan(counts: bytes) -> Plan:
+    windows: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for meter, names, scopes in msgpack.unpackb(counts):
+        for scope in scopes:
+            for kind in PRINCIPAL_KINDS if scope == PRINCIPAL else (scope,):
+                windows[KIND_CODES[kind], meter].update(names)
+    shapes: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
+    for pair, found in windows.items():
+        shapes[tuple(sorted(found, key=FINEST_FIRST.__getitem__))].append(pair)
+    return Plan(tuple(sorted((names, tuple(sorted(pairs))) for names, pairs in shapes.items())))
+
+
+def gate_fields(policy: dict[str, Any], version: int, full: bool) -> list[str]:
+    """Fields and values of `p:<account>`, alternating: v, frozen, full, outage, max_staleness_s and the limits.
+
+    A limit's field is `<scope or kind>|<meter>|<window>`; `principal` is written as user, client and anon, which a limit
+    for one of these kinds overrides.
+    """
+    fields = {
+        "v": str(version),
+        "frozen": str(int(bool(policy.get("frozen")))),
+        "full": str(int(full)),
+        "outage": policy["outage"],
+        "max_staleness_s": str(policy["max_staleness_s"]),
+    }
+    for row in sorted(policy["limits"], key=lambda row: bool(row["scope"] != PRINCIPAL)):
+        for scope in PRINCIPAL_KINDS if row["scope"] == PRINCIPAL else (row["scope"],):
+            fields[f"{scope}|{row['meter']}|{row['window']}"] = str(row["limit"])
+    return [text for pair in fields.items() for text in pair]

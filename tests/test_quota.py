@@ -1,0 +1,414 @@
+"""Counting: what is counted, where, and that the state is a function of the log alone."""
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.batches import METERS, NOW_S, batch, counts, directory, sliced, usage
+from tollway.connectors.errors import Fatal
+from tollway.schemas.lane import lane
+from tollway.streams.batch import Batch
+from tollway.streams.directory import Directory
+from tollway.streams.policy import gate_fields
+from tollway.streams.quota import Quota
+from tollway.streams.quota_lots import CLOSE_WEIGHT, WEIGHT_MAX, Lot, parts
+from tollway.streams.totals import SCOPES_MAX, TOTAL_MAX
+
+HOUR, DAY = 3_600, 86_400
+ALL = range(256)
+KEEP = {"m": 2 * HOUR, "h": 2 * DAY, "d": 3 * DAY, "M": 35 * DAY}
+LENGTH = {"m": 60, "h": HOUR, "d": DAY}
+
+POLICIES: dict[str, dict[str, Any] | None] = {
+    "acme": None,
+    "same": None,
+    "wide": counts((METERS[:3], "mhdML", ["acct", "principal", "agent", "sess", "run"])),
+    "split": counts(("calls", "m", "acct"), ("calls", "hL", "user"), ("tokens_in", "dM", ["principal", "run"])),
+    "twice": counts(("calls", "mh", ["user", "principal"]), ("calls", "hd", ["principal", "acct"])),
+    "none": counts(),
+}
+
+EVENTS = st.builds(
+    usage,
+    account=st.sampled_from(list(POLICIES)),
+    principal_kind=st.sampled_from(["user", "client", "anonymous"]),
+    principal=st.sampled_from(["p1", "p2", "p3"]),
+    agent=st.sampled_from([None, "a1"]),
+    session=st.sampled_from([None, "s1", "s2"]),
+    run=st.sampled_from([None, "r1", "r2", "r3"]),
+    status=st.sampled_from(["ok", "ok", "error", "denied", "rate_limited"]),
+    hold=st.sampled_from([None, None, None, "hold-1", "hold-2"]),
+    at_s=st.integers(0, 40 * DAY).map(lambda age: NOW_S - age) | st.integers(NOW_S - 200, NOW_S + 90),
+    quantities=st.dictionaries(
+        st.sampled_from([*METERS, "undeclared"]), st.integers(0, 10**12), min_size=1, max_size=4
+    ).map(lambda found: {"calls": 1, **found}),
+)
+HISTORIES = st.lists(EVENTS, min_size=1, max_size=60)
+
+
+def start_of(window: str, at_s: int) -> int:
+    t = datetime.fromtimestamp(at_s, UTC)
+    if window == "L":
+        return 0
+    if window == "M":
+        return int(datetime(t.year, t.month, 1, tzinfo=UTC).timestamp())
+    return at_s - at_s % LENGTH[window]
+
+
+def end_of(window: str, start: int) -> int:
+    t = datetime.fromtimestamp(start, UTC)
+    if window == "M":
+        return int(datetime(t.year + t.month // 12, t.month % 12 + 1, 1, tzinfo=UTC).timestamp())
+    return start + LENGTH[window]
+
+
+def model(found: Directory, whole: Batch, events: list[dict[str, Any]], step_s: int) -> dict[tuple[Any, ...], int]:
+    """The same totals, one record at a time in a dictionary."""
+    used: dict[tuple[Any, ...], int] = defaultdict(int)
+    own = {"user": "user", "client": "client", "anonymous": "anon"}
+    for row, event in enumerate(events):
+        if event["status"] not in ("ok", "error") or not whole.accepted[row]:
+            continue
+        principal = f"{own[event['principal_kind']]}:{event['principal']}"
+        touched = set()
+        for rule in found.accounts[event["account"]].policy["counts"]:
+            for window in rule["windows"]:
+                start = start_of(window, int(whole.window_us[row]) // 10**6)
+                if window != "L" and end_of(window, start) + KEEP[window] <= step_s:
+                    continue
+                for kind in rule["scopes"]:
+                    scope = {"acct": "acct", "principal": principal, own[event["principal_kind"]]: principal}.get(kind)
+                    name = {"agent": "agent", "sess": "session", "run": "run"}.get(kind)
+                    if name and event[name]:
+                        scope = f"{kind}:{event[name]}"
+                    if scope and rule["meter"] in event["quantities"]:
+                        touched.add((event["account"], scope, rule["meter"], window, start))
+        for total in touched:
+            used[total] += event["quantities"][total[2]]
+    return dict(used)
+
+
+def all_totals(quota: Quota) -> dict[tuple[Any, ...], int]:
+    return {(account, *key): units for account in POLICIES for key, units in quota.totals(account).items()}
+
+
+def folded(found: Directory, *batches: Batch, step_s: int = NOW_S) -> Quota:
+    quota = Quota()
+    quota.on_step(step_s)
+    for each in batches:
+        quota.fold(found, each)
+    return quota
+
+
+@settings(deadline=None)
+@given(HISTORIES, st.data())
+def test_totals_are_those_of_a_dictionary(events: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Columnar counting gives what one dictionary counts record by record, for every policy, scope, meter and window."""
+    accepted = data.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
+    found, whole = directory(POLICIES), batch(events, accepted=accepted)
+    assert all_totals(folded(found, whole)) == model(found, whole, events, NOW_S)
+
+
+@settings(deadline=None)
+@given(HISTORIES, st.lists(st.integers(0, 60)))
+def test_cuts_do_not_show(events: list[dict[str, Any]], cuts: list[int]) -> None:
+    """However a log is cut into batches, the dumped state has the same bytes: numbering follows the log, not the batch."""
+    found, whole = directory(POLICIES), batch(events)
+    edges = sorted({0, len(events), *(cut for cut in cuts if cut < len(events))})
+    pieces = [sliced(whole, a, b) for a, b in pairwise(edges)]
+    once, in_pieces = folded(found, whole), folded(found, *pieces)
+    assert msgpack.packb(in_pieces.dump()) == msgpack.packb(once.dump())
+    assert in_pieces.closes == once.closes
+
+
+@settings(deadline=None)
+@given(HISTORIES, st.integers(0, 60), st.integers(0, 80 * DAY))
+def test_a_restart_does_not_show(events: list[dict[str, Any]], at: int, later_s: int) -> None:
+    """A state that was dumped and loaded in the middle goes on to the same bytes, evictions and reused numbers included."""
+    found, whole = directory(POLICIES), batch(events)
+    later = batch(
+        [event | {"occurred_at": event["occurred_at"] + later_s * 10**6} for event in events], append_s=NOW_S + later_s
+    )
+    at = min(at, len(events))
+    straight = folded(found, whole)
+    straight.on_step(NOW_S + later_s)
+    straight.fold(found, later)
+    broken = Quota.load(msgpack.unpackb(msgpack.packb(folded(found, sliced(whole, 0, at)).dump())))
+    broken.fold(found, sliced(whole, at, len(events)))
+    broken.on_step(NOW_S + later_s)
+    broken = Quota.load(msgpack.unpackb(msgpack.packb(broken.dump())))
+    broken.fold(found, later)
+    assert msgpack.packb(broken.dump()) == msgpack.packb(straight.dump())
+
+
+def test_a_state_of_another_format_is_refused() -> None:
+    """A checkpoint in a format that this worker does not read stops it: guessing would miscount."""
+    with pytest.raises(Fatal, match="format 99"):
+        Quota.load({**Quota().dump(), "format": 99})
+
+
+def test_only_counted_statuses_and_declared_meters_count() -> None:
+    """`ok` and `error` count; refusals and meters that nobody declared do not."""
+    found = directory({"acme": counts((["calls", "undeclared"], "h", "acct"))})
+    statuses = ["ok", "error", "denied", "rate_limited", "payment_required"]
+    quota = folded(
+        found, batch([usage(status=status, quantities={"calls": 1, "undeclared": 5}) for status in statuses])
+    )
+    assert quota.totals("acme") == {("acct", "calls", "h", NOW_S): 2}
+
+
+def test_a_held_call_counts_in_the_windows_of_its_own_time() -> None:
+    """Usage with a hold counts where the gate took the hold, however late; without one at most an hour back."""
+    found = directory({"acme": counts(("calls", "h", "acct"))})
+    late = NOW_S - 30 * HOUR
+    quota = folded(found, batch([usage(at_s=late, hold="h1"), usage(at_s=late)]))
+    assert quota.totals("acme") == {("acct", "calls", "h", late): 1, ("acct", "calls", "h", NOW_S - HOUR): 1}
+
+
+def test_usage_that_comes_too_late_for_a_window_is_left_out_and_alarmed() -> None:
+    """Where a window's end plus its keep has passed, only the coarser windows count, and the alarm says how much."""
+    found = directory({"acme": counts(("calls", "mhd", "acct"))})
+    quota = folded(found, batch([usage(at_s=NOW_S - 3 * HOUR, hold="h1")]))
+    assert {window for _, _, window, _ in quota.totals("acme")} == {"h", "d"}
+    assert quota.alarms["late"] == 1
+
+
+def test_usage_from_a_broken_clock_opens_no_windows() -> None:
+    """A held call that claims to be more than a day ahead is not counted: every made-up window would stay for ever."""
+    quota = folded(directory({"acme": None}), batch([usage(at_s=NOW_S + 400 * DAY, hold="h1")]))
+    assert quota.totals("acme") == {}
+    assert quota.alarms["ahead"] == 2
+
+
+def test_closed_windows_go_and_their_scopes_are_numbered_again() -> None:
+    """A step drops each window at end + keep, and a scope without totals gives its number to the next one."""
+    found = directory({"acme": counts(("calls", "mh", "user"))})
+    quota = folded(found, batch([usage(principal=f"p{n}") for n in range(5)]))
+    quota.on_step(NOW_S + 60 + 2 * HOUR - 1)
+    assert {window for _, _, window, _ in quota.totals("acme")} == {"m", "h"}
+    quota.on_step(NOW_S + 60 + 2 * HOUR)
+    assert {window for _, _, window, _ in quota.totals("acme")} == {"h"}
+    quota.on_step(NOW_S + HOUR + 2 * DAY)
+    assert (len(quota), quota.scopes.live, quota.scopes.ids) == (0, {}, {})
+    at = NOW_S + HOUR + 2 * DAY
+    quota.fold(found, batch([usage(principal="new", at_s=at)], append_s=at))
+    assert quota.scopes.ids == {"acme~user:new": 0}
+
+
+def test_life_totals_of_runs_end_after_35_idle_days_and_balances_stay() -> None:
+    """A run's life total goes 35 days after its last usage; use keeps it; an account's life total never goes."""
+    found = directory({"acme": counts(("calls", "L", ["acct", "run"]))})
+    quota = folded(found, batch([usage(run="old"), usage(run="used")]))
+    at = NOW_S + 20 * DAY
+    quota.on_step(at)
+    quota.fold(found, batch([usage(run="used", at_s=at)], append_s=at))
+    quota.on_step(NOW_S + 35 * DAY)
+    assert quota.totals("acme") == {("acct", "calls", "L", 0): 3, ("run:used", "calls", "L", 0): 2}
+    quota.on_step(at + 36 * DAY)
+    assert quota.totals("acme") == {("acct", "calls", "L", 0): 3}
+
+
+def test_a_total_stops_at_its_end_and_alarms() -> None:
+    """A total that would leave int64 stays at the largest one, above every limit, instead of wrapping to a negative."""
+    found = directory({"acme": counts(("calls", "L", "acct"))})
+    quota = folded(found, batch([usage(quantities={"calls": 10**12})]))
+    quota.tables["L", 0].totals[0] = TOTAL_MAX - 5
+    for _ in range(2):
+        quota.fold(found, batch([usage(quantities={"calls": 10})]))
+    assert quota.totals("acme") == {("acct", "calls", "L", 0): TOTAL_MAX}
+    assert quota.alarms["overflow"] == 1
+
+
+def test_sums_of_the_largest_batch_are_exact() -> None:
+    """The largest batch of the largest quantities adds up exactly: nothing on the way is a float or wraps."""
+    found = directory({"acme": counts(("tokens_in", "L", "acct"))})
+    event = usage(quantities={"calls": 1, "tokens_in": 10**12 - 1})
+    quota = folded(found, batch([event] * 32_768))
+    assert quota.totals("acme") == {("acct", "tokens_in", "L", 0): 32_768 * (10**12 - 1)}
+
+
+def test_the_scope_behind_the_hundred_thousandth_counts_in_other() -> None:
+    """At 100,000 live scopes an account's new ones share `other~`, `p` says full, and known scopes count on."""
+    found = directory({"acme": counts(("calls", "h", "user")), "b": counts(("calls", "h", "user"))})
+    quota = Quota()
+    quota.on_step(NOW_S)
+    quota.scopes.add([("acme", f"user:f{n}") for n in range(SCOPES_MAX - 2)])
+    quota.policies.clear()
+    events = [usage(account, principal=f"p{n}") for n in (1, 2, 3, 4, 1) for account in ("acme", "b")]
+    quota.fold(found, batch(events))
+    got = {scope: units for (scope, *_), units in quota.totals("acme").items()}
+    assert got == {"user:p1": 2, "user:p2": 1, "other~": 2}
+    assert len(quota.totals("b")) == 4
+    assert (quota.scopes.full("acme"), quota.scopes.full("b")) == (True, False)
+    assert "acme" in quota.policies
+    assert gate_fields(found.accounts["acme"].policy, 1, quota.scopes.full("acme"))[4:6] == ["full", "1"]
+    assert quota.alarms["other_scope"] == 2
+
+
+def test_usage_ends_its_hold_whatever_its_status() -> None:
+    """Accepted usage that names a hold closes it in its account's lane; a duplicate does not."""
+    found = directory({"acme": None, "b": None})
+    events = [usage(hold="h1"), usage(hold="h2", status="denied"), usage("b", hold="h3"), usage(hold="h4"), usage()]
+    quota = folded(found, batch(events, accepted=[True, True, True, False, True]))
+    assert quota.closes == {lane("acme"): ["h1", "h2"], lane("b"): ["h3"]}
+
+
+def test_policies_of_commands_and_of_accounts_opened_on_sight_are_written() -> None:
+    """A command makes an account's `p` due; so does the first usage of an account that no command opened."""
+    found, quota = directory({"acme": None, "b": None}), Quota()
+    quota.on_step(NOW_S)
+    quota.on_command(found, "acme")
+    assert quota.policies == {"acme"}
+    quota.fold(found, batch([usage("b")]))
+    assert quota.policies == {"acme", "b"}
+
+
+def test_a_new_policy_counts_from_its_offset_on() -> None:
+    """Usage behind a `policy.set` is counted by the new policy, even if the old one was in use."""
+    found = directory({"acme": counts(("calls", "h", "acct"))})
+    quota = folded(found, batch([usage()]))
+    found.accounts["acme"].policy_own = counts(("calls", "d", "acct"))
+    quota.on_command(found, "acme")
+    quota.fold(found, batch([usage()]))
+    assert quota.totals("acme") == {("acct", "calls", "h", NOW_S): 1, ("acct", "calls", "d", NOW_S): 1}
+
+
+def test_gate_fields_give_a_kinds_limit_precedence_over_principal() -> None:
+    """`principal` limits reach the gate as user, client and anon; one for the kind itself wins, whatever its place."""
+    policy = counts(("calls", "h", "acct"), limits=[("user", "calls", "h", 5), ("principal", "calls", "h", 9)])
+    fields = gate_fields({**policy, "outage": "closed", "max_staleness_s": 30}, 3, False)
+    got = dict(zip(fields[::2], fields[1::2], strict=True))
+    assert got == {
+        "v": "3", "frozen": "0", "full": "0", "outage": "closed", "max_staleness_s": "30",
+        "user|calls|h": "5", "client|calls|h": "9", "anon|calls|h": "9",
+    }  # fmt: skip
+
+
+# --- the way to Redis
+
+
+def shown(lots: dict[int, Lot]) -> dict[tuple[str, str], tuple[str, int]]:
+    return {
+        (scope, name): (value, end)
+        for lot in lots.values()
+        for scope, name, value, end in zip(lot.scopes, lot.fields, lot.values, lot.ends, strict=True)
+    }
+
+
+def take(quota: Quota, now_s: int = NOW_S, *, everything: bool = False, ends: Any = ()) -> dict[int, Lot]:
+    return quota.take(ALL, log_time_ms=now_s * 1000, everything=everything, ends=ends)
+
+
+def test_a_total_is_taken_once_and_comes_back_when_it_was_not_written() -> None:
+    """What was taken is clean; what was given back is dirty again, with its newest value."""
+    found = directory({"acme": counts(("calls", "h", "acct"))})
+    quota = folded(found, batch([usage()]))
+    lots = take(quota)
+    assert shown(lots) == {("acme~acct", f"calls h:{NOW_S} u"): ("1", NOW_S + HOUR)}
+    assert take(quota) == {}
+    assert int(quota.dirty().sum()) == 0
+    quota.fold(found, batch([usage()]))
+    for lot in lots.values():
+        lot.give_back()
+    assert int(quota.dirty().sum()) == 1
+    assert shown(take(quota)) == {("acme~acct", f"calls h:{NOW_S} u"): ("2", NOW_S + HOUR)}
+
+
+def test_the_windows_end_travels_until_redis_has_acknowledged_it() -> None:
+    """A field's end goes with it until a complete write was acknowledged, and again where the fold is not sure."""
+    found = directory({"acme": counts(("calls", "h", "acct"))})
+    quota = folded(found, batch([usage()]))
+    field = ("acme~acct", f"calls h:{NOW_S} u")
+    for lot in take(quota).values():
+        lot.acknowledged()
+    quota.fold(found, batch([usage()]))
+    assert shown(take(quota))[field] == ("2", 0)
+    quota.fold(found, batch([usage()]))
+    assert shown(take(quota, ends=ALL))[field] == ("3", NOW_S + HOUR)
+    again = Quota.load(quota.dump())
+    assert take(again) == {}
+    assert shown(take(again, everything=True))[field] == ("3", NOW_S + HOUR)
+
+
+def test_a_runs_life_total_carries_a_later_end_at_each_use() -> None:
+    """Redis may drop a run's life total 35 days after its last usage, so every write of it says when that is."""
+    found = directory({"acme": counts(("calls", "L", ["acct", "run"]))})
+    quota = folded(found, batch([usage(run="r1")]))
+    for lot in take(quota).values():
+        lot.acknowledged()
+    at = NOW_S + DAY
+    quota.on_step(at)
+    quota.fold(found, batch([usage(run="r1", at_s=at)], append_s=at))
+    assert shown(take(quota)) == {
+        ("acme~acct", "calls L:0 u"): ("2", 0),
+        ("acme~run:r1", "calls L:0 u"): ("2", at + 35 * DAY),
+    }
+
+
+def test_what_redis_no_longer_shows_is_not_sent() -> None:
+    """A dirty total whose window ended a day before the batch's log time is left out: after a sweep it would stay for ever."""
+    found = directory({"acme": counts(("calls", "h", "acct"))})
+    quota = folded(found, batch([usage()]))
+    assert len(take(quota, NOW_S + HOUR + DAY - 1, everything=True)) == 1
+    quota.fold(found, batch([usage()]))
+    assert take(quota, NOW_S + HOUR + DAY) == {}
+
+
+def test_lanes_that_are_not_asked_for_stay_dirty() -> None:
+    """Taking one lane's totals leaves the other lanes' where they are."""
+    quota = folded(directory({"acme": None, "b": None}), batch([usage(), usage("b")]))
+    one = quota.take([lane("b")], log_time_ms=NOW_S * 1000, everything=False, ends=())
+    assert set(one) == {lane("b")}
+    assert set(take(quota)) == {lane("acme")}
+
+
+@settings(deadline=None)
+@given(st.integers(0, 3_500), st.integers(0, 120), st.lists(st.integers(1, 400), max_size=12))
+def test_parts_keep_to_the_bound_and_closes_come_last(totals: int, closes: int, limits: list[int]) -> None:
+    """Every call weighs at most 1,000 (totals + 20 × closes), nothing is lost, and no close travels before a total."""
+    lot = Lot(
+        [f"a~user:u{n // 7}" for n in range(totals)],
+        [f"calls h:{n} u" for n in range(totals)],
+        [str(n) for n in range(totals)],
+        [n % 3 for n in range(totals)],
+    )
+    policies = [[f"acct{n}", *["f", "v"] * size] for n, size in enumerate(limits)]
+    names = [f"hold{n}" for n in range(closes)]
+    calls = list(parts(lot, policies, names))
+    bodies = [msgpack.unpackb(call.body) for call in calls]
+    assert calls
+    assert all(call.weight <= WEIGHT_MAX for call in calls)
+    sent: list[tuple[str, str, str, int]] = []
+    for plain, fresh, _, ended in bodies:
+        runs = [(run[0], 0, run[1:]) for run in plain] + [(run[1], run[0], run[2:]) for run in fresh]
+        sent += [(scope, *pair, end) for scope, end, rest in runs for pair in zip(rest[::2], rest[1::2], strict=True)]
+        assert len(ended) * CLOSE_WEIGHT <= WEIGHT_MAX
+    assert sorted(sent) == sorted(zip(lot.scopes, lot.fields, lot.values, lot.ends, strict=True))
+    assert [policy for body in bodies for policy in body[2]] == policies
+    assert [name for body in bodies for name in body[3]] == names
+    with_totals = [number for number, body in enumerate(bodies) if body[0] or body[1]]
+    with_closes = [number for number, body in enumerate(bodies) if body[3]]
+    assert not with_totals or not with_closes or max(with_totals) <= min(with_closes)
+
+
+def test_full_key_segments_are_compressed_once() -> None:
+    """A dump after totals alone have changed reuses the compressed keys: the very same bytes objects."""
+    found = directory({"acme": counts(("calls", "h", "user"))})
+    events = [usage(principal=f"p{n}") for n in range(17_000)]
+    quota = folded(found, batch(events))
+    before = quota.dump()
+    quota.fold(found, batch(events[:10]))
+    after = quota.dump()
+    assert after["scopes"][0] is before["scopes"][0]
+    assert after["tables"][0][2][0] is before["tables"][0][2][0]
+    assert after["tables"][0][4] != before["tables"][0][4]
+    loaded = Quota.load(after)
+    assert loaded.dump() == after
+    assert np.array_equal(loaded.tables["h", NOW_S].totals, quota.tables["h", NOW_S].totals[:17_000])
