@@ -159,6 +159,7 @@ def _credentials(settings: Settings) -> Any:
 
 def run(settings: Settings, groups: list[str]) -> BaseException | None:
     """Run a worker until a signal or a failure; returns the failure."""
+    logging.getLogger("stripe").setLevel(logging.WARNING)  # it logs every request at INFO
     host = Host(settings, groups)
     worker = faust.Worker(host.app, loglevel="INFO", quiet=True)
     try:

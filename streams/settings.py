@@ -132,11 +132,12 @@ def read(**given: Any) -> Settings:
         stack = first.data / "stack.json"
         if not stack.exists():
             return first
-        from_stack = {
-            name: value
-            for name, value in json.loads(stack.read_text(encoding="utf-8")).get("endpoints", {}).items()
-            if name in Settings.model_fields and name not in first.model_fields_set
-        }
+        told: dict[str, Any] = json.loads(stack.read_text(encoding="utf-8")).get("endpoints", {})
+        key = first.data / "stripe" / "key"
+        if key.exists():
+            told["stripe_key"] = key.read_text(encoding="utf-8").strip()
+        fields = Settings.model_fields.keys() - first.model_fields_set
+        from_stack = {name: value for name, value in told.items() if name in fields}
         return Settings(**{**from_stack, **given})
     except ValidationError as error:
         fault = error.errors()[0]
