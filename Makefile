@@ -13,7 +13,7 @@ help: ## this list
 demo: .venv/.embedded ## start everything, run sample services, show that all four stores agree
 	@$(BIN)/tollway demo
 
-test: check ## lint, types, contracts and every test but the long runs
+test: check ## lint, types, contracts and every test
 	$(BIN)/python -m pytest
 
 check: .venv/.dev ## lint, format, types and contracts, without running anything
@@ -46,11 +46,13 @@ clean: ## forget .venv and the local stack's data
 
 # Installed again only when what is installed has changed.
 .venv/.embedded: pyproject.toml $(LOCK) | .venv/pyvenv.cfg
+	@echo 'Installing into .venv, once: about a minute and 500 MB of packages.'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[embedded]'
 	@touch $@
 
 # setuptools: a test builds the wheel without fetching a builder.
 .venv/.dev: pyproject.toml $(LOCK) | .venv/pyvenv.cfg
+	@echo 'Installing into .venv, once: about a minute and 500 MB of packages.'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[dev]' 'setuptools>=77'
 	@touch .venv/.embedded $@
 
