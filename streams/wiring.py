@@ -1,14 +1,19 @@
 """The one place where settings become connections."""
 
+import asyncio
+import logging
 from typing import Any
 
 from redis.asyncio import Redis
 
 from tollway.connectors.clickhouse import AuditStore
+from tollway.connectors.errors import Unavailable
 from tollway.connectors.redis import connect
 from tollway.connectors.stripe import StripePort
 from tollway.streams.quota_view import QuotaView
 from tollway.streams.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def audit_store(settings: Settings) -> AuditStore:
@@ -51,6 +56,10 @@ class Parts:
     async def audit_store(self) -> AuditStore:
         """The audit log's database."""
         self._store = audit_store(self._settings)
+        try:
+            await asyncio.to_thread(self._store.command, "SELECT 1")
+        except Unavailable as error:
+            log.warning("%s: blocks wait until it is back", error)
         return self._store
 
     async def stripe(self) -> StripePort:
