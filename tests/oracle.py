@@ -36,6 +36,8 @@ class Verdict:
 
     records: int = 0
     accepted: int = 0
+    late: int = 0
+    """Accepted more than a minute after it occurred."""
     duplicates: int = 0
     dead_letters: dict[str, int] = field(default_factory=dict)
     redis_totals: int = 0
@@ -169,6 +171,7 @@ def judge(
     verdict = Verdict(
         records=book.records,
         accepted=len(book.rows),
+        late=sum(1 for row in book.rows if row.event["occurred_at"] < (row.record.append_ms - 60_000) * 1000),
         duplicates=sum(1 for found in book.verdicts.values() if found == "duplicate"),
         dead_letters=dict(Counter(book.dead.values())),
         redis_totals=len(actual.redis),

@@ -22,6 +22,7 @@ class Log:
                 "enable.partition.eof": True,
                 "isolation.level": "read_committed",
                 "fetch.message.max.bytes": 16_777_216,
+                "log_level": 2,
             }
         )
         listed = self.consumer.list_topics(topic, timeout=15).topics[topic]

@@ -42,6 +42,7 @@ class RawWriter:
                 "partitioner": "murmur2_random",
                 "message.max.bytes": 131_072,
                 "linger.ms": 20,
+                "log_level": 2,
             }
         )
         self.journal, self.partitions = JournalFile(journal), partitions
