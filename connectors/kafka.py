@@ -1,7 +1,7 @@
 """Kafka: topics made and checked, topic ids, and the readers and writers that the folds use."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
@@ -108,11 +108,15 @@ async def read_newest(
     tail: int | None,
     *,
     committed: bool = False,
+    starts: Mapping[int, int] | None = None,
+    keep: Callable[[ConsumerRecord], bool] = lambda _: True,
 ) -> dict[int, list[ConsumerRecord]]:
     """Records of partitions, in log order, up to the ends seen at the start: the last `tail` offsets or all.
 
-    One manually assigned reader for all partitions; `committed`: transactions that did not commit are left out.
+    One manually assigned reader for all partitions; `committed`: transactions that did not commit are left out; `starts`:
+    partition → first offset; `keep` says which records are worth their memory.
     """
+    starts = starts or {}
     wanted = [TopicPartition(topic, partition) for partition in partitions]
     consumer = AIOKafkaConsumer(
         bootstrap_servers=bootstrap,
@@ -130,7 +134,7 @@ async def read_newest(
         begins = await consumer.beginning_offsets(wanted)
         left = set()
         for tp in wanted:
-            start = begins[tp] if tail is None else max(begins[tp], ends[tp] - tail)
+            start = max(begins[tp], starts.get(tp.partition, 0), ends[tp] - tail if tail is not None else 0)
             consumer.seek(tp, start)
             if start < ends[tp]:
                 left.add(tp)
@@ -138,7 +142,7 @@ async def read_newest(
         while left:
             got = await consumer.getmany(timeout_ms=500)
             for tp, records in got.items():
-                found[tp.partition] += records
+                found[tp.partition] += [record for record in records if keep(record)]
             left = {tp for tp in left if await consumer.position(tp) < ends[tp]}
         return found
     except KafkaError as error:

@@ -7,11 +7,13 @@ from typing import Any
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import Admin, log_partitions, started_producer
-from tollway.schemas.command import DEFAULT_POLICY, CommandError, check_body
-from tollway.schemas.topics import TOPICS
+from tollway.connectors.kafka import Admin, epoch_of, log_partitions, read_newest, started_producer
+from tollway.schemas import codec
+from tollway.schemas.command import DEFAULT_POLICY, CommandError, check_body, parse_body
+from tollway.schemas.topics import TOPICS, USAGE
 from tollway.streams.bootstrap import new_command_id
 from tollway.streams.directory import Directory
+from tollway.streams.judge import is_command
 from tollway.streams.settings import Settings
 from tollway.streams.status import newest_checkpoints
 
@@ -36,23 +38,38 @@ async def append_command(settings: Settings, account: str, kind: str, body: dict
 
 async def _refuse_second_bind(settings: Settings, partitions: int, account: str, customer: str) -> None:
     """A Stripe customer belongs to one account: two would share its meters, and no one could tell them apart."""
-    for name, opened in (await directories(settings, partitions)).items():
-        if opened.customer == customer and name != account:
+    for name, bound in (await customers(settings, partitions)).items():
+        if bound == customer and name != account:
             raise Refused(f"customer {customer} is bound to account {name}: give each account a customer of its own")
 
 
-async def directories(settings: Settings, partitions: int) -> dict[str, Any]:
-    """account → what the newest checkpoints of group accounts know of it."""
-    from tollway.connectors.kafka import epoch_of
-    from tollway.schemas.topics import USAGE
-
+async def customers(settings: Settings, partitions: int) -> dict[str, str]:
+    """account → Stripe customer: of the newest checkpoints, and of the binds in the log behind them."""
     admin = Admin(settings.kafka_bootstrap, settings.admin_security())
     epoch = epoch_of(await admin.topic_id(USAGE.name))
     found = await newest_checkpoints(settings, epoch, partitions, ["accounts"])
-    accounts: dict[str, Any] = {}
+    bound: dict[str, str] = {}
     for loaded in found.values():
-        accounts |= Directory.load(loaded.state["directory"]).accounts
-    return accounts
+        accounts = Directory.load(loaded.state["directory"]).accounts
+        bound |= {name: account.customer for name, account in accounts.items() if account.customer}
+    starts = {number: loaded.next_offset for (_, number), loaded in found.items()}
+    behind = await read_newest(
+        settings.kafka_bootstrap,
+        settings.kafka_security(),
+        USAGE.name,
+        range(partitions),
+        None,
+        starts=starts,
+        keep=lambda record: is_command(record.value),
+    )
+    for record in (record for records in behind.values() for record in records):
+        try:
+            command = codec.decode(record.value)[1]
+        except ValueError:
+            continue  # the fold dead-letters it
+        if command["kind"] == "customer.bind":
+            bound[command["account"]] = str(parse_body(command["body"]).get("customer"))
+    return bound
 
 
 def policy_body(file: Path | None, counts: list[str], limits: list[str]) -> dict[str, Any]:

@@ -59,11 +59,11 @@ def cut(state: PartitionState, records: Records) -> int:
     times = log_times(state, records)[:RECORDS_MAX]
     steps = times // (state.step_s * 1000)
     end = int(np.searchsorted(steps, steps[0], side="right"))
-    if _is_command(records.values[0]):
+    if is_command(records.values[0]):
         return 1
     heads = {value[:5] for value in records.values[:end] if value is not None}
     if heads & _COMMAND_HEADERS:
-        return next(row for row in range(1, end) if _is_command(records.values[row]))
+        return next(row for row in range(1, end) if is_command(records.values[row]))
     return end
 
 
@@ -122,7 +122,8 @@ def _schema_ids(values: list[bytes | None]) -> npt.NDArray[np.uint32]:
     return np.where(framing[:, 0] == 0, ids, 0).astype(np.uint32)
 
 
-def _is_command(value: bytes | None) -> bool:
+def is_command(value: bytes | None) -> bool:
+    """Whether a value's framing names a Command."""
     return value is not None and value[:5] in _COMMAND_HEADERS
 
 
@@ -142,7 +143,7 @@ def _sort_out(
             reasons[row] = ("empty", "the record has no value")
         elif len(value) > codec.VALUE_BYTES_MAX:
             reasons[row] = ("oversized", f"{len(value)} bytes, at most {codec.VALUE_BYTES_MAX}")
-        elif _is_command(value):
+        elif is_command(value):
             kind[row] = COMMAND
         else:
             reasons[row] = _foreign(value)
