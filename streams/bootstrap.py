@@ -8,8 +8,6 @@ import secrets
 import time
 from typing import Any
 
-from tollway.streams.stripe_fold import fresh as stripe_fresh
-
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
 from tollway.connectors.kafka import Admin, ends, epoch_of, started_producer
@@ -21,6 +19,7 @@ from tollway.streams.accounts import PARTS as ACCOUNTS_PARTS
 from tollway.streams.audit_fold import PARTS as AUDIT_PARTS
 from tollway.streams.settings import Settings
 from tollway.streams.state import FOLD_VERSION, PartitionState
+from tollway.streams.stripe_fold import fresh as stripe_fresh
 
 
 def new_command_id() -> str:
