@@ -83,7 +83,7 @@ def worker_child(data: Path, group: str, name: str | None = None) -> Child:
     """A worker as a child: ready once its engine answers on its health port."""
     port = free_port()
     return Child(
-        name or group,
+        name or f"worker-{group}",
         (sys.executable, "-m", "tollway.streams.cli", "worker", "--group", group, "--data", str(data)),
         ready=lambda: answers_ok(f"http://{LOOPBACK}:{port}/health"),
         env={**LOCAL_ENVIRONMENT, "TOLLWAY_HEALTH_PORT": str(port)},
