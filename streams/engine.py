@@ -31,6 +31,8 @@ STASH_BYTES_MAX = 24 * 1024 * 1024
 """A partition with more fetched and not yet folded than this is paused until it is below again."""
 RETRY_FIRST_S, RETRY_MAX_S = 0.2, 10.0
 REVOKE_WAIT_S = 3.0
+LAST_SAVE_S = 1.0
+"""A partition that is let go gets so long for its last checkpoint; without it more is read again, nothing else."""
 BLOCKED_RED_S = 30
 CLOCK_AHEAD_MAX_S = 300
 SEND_TIMEOUT_S = 30
@@ -304,7 +306,6 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         async with self._lock:
             generation = self.generation
             self._changed.clear()
-            await self._retry_stopped()
             effects: list[Any] = []
             worked: list[int] = []
             for number in list(self.owned):
@@ -317,9 +318,16 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 for number in worked:
                     self.owned[number].unsettled = False
                     self.fold.settled(number, self.owned[number].state)
-            await self.fold.tend({number: owned.state for number, owned in self.owned.items() if not owned.stopped})
-            await self._checkpoint_due()
-            await self._tick()
+            try:
+                await self.fold.tend({number: owned.state for number, owned in self.owned.items() if not owned.stopped})
+                await self._checkpoint_due()
+                await self._tick()
+                await self._retry_stopped()
+            except Unavailable as error:  # nothing is lost: the next turn tries again
+                self._block(error)
+                await self._pause_between_tries(RETRY_FIRST_S * 5)
+            else:
+                self.blocked = None
 
     async def _think(self, number: int, effects: list[Any], worked: list[int]) -> None:
         owned = self.owned[number]
@@ -351,17 +359,25 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 await self.fold.settle(effects, self.send)
             except Unavailable as error:
-                self.blocked = self.blocked or (time.monotonic(), str(error))
-                log.warning("%s: effects not acknowledged, again in %.1f s: %s", self.fold.group, delay_s, error)
+                self._block(error)
             else:
-                self.blocked = None
                 return generation == self.generation
-            try:
-                await asyncio.wait_for(self._changed.wait(), delay_s)
-            except TimeoutError:
-                delay_s = min(delay_s * 2, RETRY_MAX_S)
+            await self._pause_between_tries(delay_s)
+            delay_s = min(delay_s * 2, RETRY_MAX_S)
             if generation != self.generation or self._stopping.is_set():
                 return False
+
+    def _block(self, error: Unavailable) -> None:
+        """Effects wait; health turns red when they wait for long."""
+        self.blocked = self.blocked or (time.monotonic(), str(error))
+        log.warning("%s: not acknowledged, tried again: %s", self.fold.group, error)
+
+    async def _pause_between_tries(self, delay_s: float) -> None:
+        """Wait, but not longer than until the partitions change or the engine stops."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), delay_s)
+        except TimeoutError:
+            return
 
     def _halt(self, number: int, reason: str, *, final: bool = False) -> None:
         """Stop one partition, red; the others go on. Its state is doubtful: it is loaded again before a retry."""
@@ -431,7 +447,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def send(self, records: list[Message]) -> None:
         """Append (topic, partition, key, value, headers) in order and wait for all. Raises Unavailable."""
-        assert self.producer is not None
+        if self.producer is None:
+            self.producer = await started_producer(self.config.bootstrap, self.config.security)
         try:
             sent = [
                 await self.producer.send(topic, value, key=key, partition=partition, headers=list(headers))
@@ -496,8 +513,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 await self._load(sorted(tp.partition for tp in assigned))
                 await self.fold.assigned({number: owned.state for number, owned in self.owned.items()})
                 self.joined = True
-            except TollwayError as error:
-                self._fatal = error  # raised by the next fetch: a listener's exception would only be logged
+            except Exception as error:  # noqa: BLE001 - raised by the next fetch: a listener's exception is only logged
+                self._fatal = error
 
     async def _end_turn(self) -> None:
         if self._turn is None:
@@ -512,8 +529,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             if owned.stopped or owned.unsettled or owned.state.next_offset == owned.checkpointed:
                 continue
             try:
-                await self.save(number)
-            except TollwayError as error:
+                await asyncio.wait_for(self.save(number), LAST_SAVE_S)
+            except (TollwayError, TimeoutError) as error:
                 log.warning("%s: no last checkpoint of partition %d: %s", self.fold.group, number, error)
         gone = list(self.owned)
         self.owned = {}

@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tests.records import source, usage
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.embedded.kafka import KafkaBroker
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import Admin, epoch_of, read_newest, started_producer
+from tollway.connectors.kafka import Admin, ends, epoch_of, read_newest, started_producer
 from tollway.schemas import codec
 from tollway.schemas.lane import lane
 from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
@@ -60,6 +59,7 @@ class Log:
 
     def __init__(self, settings: Settings, epoch: str, producer: AIOKafkaProducer) -> None:
         self.settings, self.epoch, self.producer = settings, epoch, producer
+        self.source = source(1, time.time_ns() // 1_000_000)
         self.control = Control(producer, Signer.read(settings.data / "control.key"), PARTITIONS, new_command_id)
 
     def account(self, partition: int) -> str:
@@ -75,13 +75,6 @@ class Log:
         await self.producer.send_and_wait(
             USAGE.name, codec.encode("UsageEvent", event), key=event["account"].encode(), partition=partition
         )
-
-    @property
-    def source(self) -> str:
-        """A source born now."""
-        if not hasattr(self, "_source"):
-            self._source = source(1, time.time_ns() // 1_000_000)
-        return self._source
 
     def engine(self, view: Shown, **config: Any) -> Engine:
         """Group accounts over this log."""
@@ -100,35 +93,40 @@ class Log:
             Failpoints(),
         )
 
+    async def end(self, partition: int) -> int:
+        """The partition's next offset."""
+        return (await ends(self.settings.kafka_bootstrap, {}, USAGE.name, [partition]))[partition]
+
     async def values(self, topic: str) -> list[Any]:
         """Every record of a topic."""
         found = await read_newest(self.settings.kafka_bootstrap, {}, topic, range(PARTITIONS), None)
         return [record for records in found.values() for record in records]
 
 
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A broker and a log of this module's own."""
+    data = tmp_path_factory.mktemp("engine")
+    with KafkaBroker(data / "kafka", settings={"group.min.session.timeout.ms": "500"}) as broker:
+        given = {"partitions": PARTITIONS, "billing_window_s": 10, "billing_grace_s": 5}
+        settings = Settings(data=data, kafka_bootstrap=broker.bootstrap, **given)
+        asyncio.run(create(settings))
+        yield settings
+
+
 @pytest.fixture
-async def log(tmp_path: Path) -> AsyncIterator[Log]:
-    broker = KafkaBroker(tmp_path / "kafka", settings={"group.min.session.timeout.ms": "500"})
-    broker.start()
+async def log(settings: Settings) -> AsyncIterator[Log]:
+    """The log, with a writer."""
+    producer = await started_producer(settings.kafka_bootstrap, {})
     try:
-        broker.wait_ready()
-        settings = Settings(
-            data=tmp_path,
-            kafka_bootstrap=broker.bootstrap,
-            partitions=PARTITIONS,
-            billing_window_s=10,
-            billing_grace_s=5,
-        )
-        done = await create(settings)
-        producer = await started_producer(broker.bootstrap, {})
-        opened = Log(settings, done["epoch"], producer)
-        await opened.control.broadcast("meter.add", {"meter": "calls", "event_name": "calls"})
-        for partition in range(PARTITIONS):
-            await opened.control.send(opened.account(partition), "account.open", {})
+        opened = Log(settings, epoch_of(await Admin(settings.kafka_bootstrap).topic_id(USAGE.name)), producer)
+        if not await opened.values(DEAD_LETTERS.name) and await opened.end(0) == 1:
+            await opened.control.broadcast("meter.add", {"meter": "calls", "event_name": "calls"})
+            for partition in range(PARTITIONS):
+                await opened.control.send(opened.account(partition), "account.open", {})
         yield opened
-        await producer.stop()
     finally:
-        broker.kill()
+        await producer.stop()
 
 
 @asynccontextmanager
@@ -167,40 +165,26 @@ async def test_a_crash_repeats_and_doubles_nothing(log: Log) -> None:
         await log.emit(1, sequence)
     await log.emit(1, 3)
     await log.emit(1, 6, principal="not an id")
+    end = await log.end(1)
     first = Shown()
     engine = log.engine(first)
     async with running(engine, crash=True):
-        await until(lambda: first.offsets.get(1) == 10)
+        await until(lambda: first.offsets.get(1) == end)
         assert used(engine.owned[1].state, account) == 5
     second = Shown()
     again = log.engine(second)
     async with running(again):
-        await until(lambda: second.offsets.get(1) == 10)
+        await until(lambda: second.offsets.get(1) == end)
         assert used(again.owned[1].state, account) == 5
     third = Shown()
     resumed = log.engine(third)
     async with running(resumed):
         await until(lambda: 1 in resumed.owned)
-        assert (resumed.owned[1].checkpointed, used(resumed.owned[1].state, account)) == (10, 5)
+        assert (resumed.owned[1].checkpointed, used(resumed.owned[1].state, account)) == (end, 5)
     letters = await log.values(DEAD_LETTERS.name)
     assert {(record.key, dict(record.headers)["reason"]) for record in letters} == {
-        (f"{log.epoch}|1|9".encode(), b"bad_id")
+        (f"{log.epoch}|1|{end - 1}".encode(), b"bad_id")
     }
-
-
-async def test_one_partition_stops_red_and_the_others_go_on(log: Log) -> None:
-    """A schema id from a newer emitter stops its partition with the reason; usage elsewhere is still counted."""
-    newer = b"\0" + (1_000_099).to_bytes(4, "big") + b"\x02"
-    await log.producer.send_and_wait(USAGE.name, newer, key=log.account(2).encode(), partition=2)
-    await log.emit(0, 1)
-    engine = log.engine(shown := Shown())
-    async with running(engine):
-        await until(lambda: shown.offsets.get(0) == 4 and engine.owned[2].stopped is not None)
-        health = engine.health()
-        assert (health["healthy"], list(health["reasons"])) == (False, ["2"])
-        assert "deploy workers before emitters" in health["reasons"]["2"]
-        await log.emit(3, 1)
-        await until(lambda: shown.offsets.get(3) == 4)
 
 
 async def test_an_idle_partition_is_ticked_and_its_window_closes(log: Log) -> None:
@@ -217,27 +201,6 @@ async def test_an_idle_partition_is_ticked_and_its_window_closes(log: Log) -> No
     assert (event["customer"], event["units"], event["n"], found[0].partition) == ("cus_0", 7, 1, 0)
 
 
-async def test_two_workers_share_and_take_over(log: Log) -> None:
-    """A second worker takes partitions over from their checkpoints; after it is gone the first has all again."""
-    for partition in range(PARTITIONS):
-        await log.emit(partition, 1)
-    one, two = log.engine(shown := Shown(), instance_id="1"), log.engine(other := Shown(), instance_id="2")
-    async with running(one):
-        await until(lambda: sorted(shown.offsets) == [0, 1, 2, 3])
-        async with running(two):
-            await until(lambda: len(two.owned) == 2 and len(one.owned) == 2)
-            for partition in range(PARTITIONS):
-                await log.emit(partition, 2)
-            await until(
-                lambda: all(
-                    {**shown.offsets, **{k: v for k, v in other.offsets.items() if k in two.owned}}[p] == 5
-                    for p in range(4)
-                )
-            )
-        await until(lambda: len(one.owned) == 4)
-        await until(lambda: all(used(owned.state, log.account(number)) == 2 for number, owned in one.owned.items()))
-
-
 async def test_no_checkpoint_and_another_logs_checkpoint_are_refused(log: Log) -> None:
     """A worker never guesses that a log is new, and never mixes two."""
     with pytest.raises(Refused, match="another log than the checkpoint's"):
@@ -250,3 +213,52 @@ async def test_a_second_create_changes_nothing(log: Log) -> None:
     assert (done["created"], done["opened"], done["epoch"]) == ([], [], log.epoch)
     admin = Admin(log.settings.kafka_bootstrap)
     assert epoch_of(await admin.topic_id(USAGE.name)) == log.epoch
+
+
+async def test_two_workers_share_and_take_over(log: Log) -> None:
+    """A second worker takes partitions over from their checkpoints; after it is gone the first has all again."""
+    account = [log.account(partition) for partition in range(PARTITIONS)]
+    for partition in range(PARTITIONS):
+        await log.emit(partition, 1)
+    one, two = log.engine(Shown(), instance_id="1"), log.engine(Shown(), instance_id="2")
+    async with running(one):
+        await until(
+            lambda: (
+                len(one.owned) == 4
+                and all(owned.state.parts["quota"].totals(account[n]) for n, owned in one.owned.items())
+            )
+        )
+        before = {number: used(owned.state, account[number]) for number, owned in one.owned.items()}
+        async with running(two):
+            await until(lambda: len(two.owned) == 2 and len(one.owned) == 2)
+            for partition in range(PARTITIONS):
+                await log.emit(partition, 2)
+            both = lambda: {**one.owned, **two.owned}  # noqa: E731
+            await until(
+                lambda: (
+                    {n: used(o.state, account[n]) for n, o in both().items()}
+                    == {n: units + 1 for n, units in before.items()}
+                )
+            )
+        await until(
+            lambda: (
+                {n: used(o.state, account[n]) for n, o in one.owned.items()}
+                == {n: units + 1 for n, units in before.items()}
+            )
+        )
+
+
+async def test_one_partition_stops_red_and_the_others_go_on(log: Log) -> None:
+    """A schema id from a newer emitter stops its partition with the reason; usage elsewhere is still counted."""
+    newer = b"\0" + (1_000_099).to_bytes(4, "big") + b"\x02"
+    await log.producer.send_and_wait(USAGE.name, newer, key=log.account(2).encode(), partition=2)
+    await log.emit(0, 9)
+    ends = [await log.end(partition) for partition in range(PARTITIONS)]
+    engine = log.engine(shown := Shown())
+    async with running(engine):
+        await until(lambda: shown.offsets.get(0) == ends[0] and engine.owned[2].stopped is not None)
+        health = engine.health()
+        assert (health["healthy"], list(health["reasons"])) == (False, ["2"])
+        assert "deploy workers before emitters" in health["reasons"]["2"]
+        await log.emit(3, 9)
+        await until(lambda: shown.offsets.get(3) == ends[3] + 1)
