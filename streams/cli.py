@@ -185,10 +185,17 @@ def meter_add(
     event_name: Annotated[
         str | None, typer.Option(help="Stripe's event name; without one it is counted, not billed.")
     ] = None,
+    create_at_stripe: Annotated[
+        bool, typer.Option(help="Create Stripe's meter, formula sum, where it is missing.")
+    ] = False,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Declare a meter, in every partition."""
+    """Declare a meter, in every partition. At Stripe it must be there with formula sum; --create-at-stripe makes it so."""
+    if event_name and create_at_stripe:
+        from tollway.streams.looks import ensure_meter
+
+        do(ensure_meter(read_settings(data), event_name))
     append(data, "*", "meter.add", {"meter": meter, "event_name": event_name}, as_json)
 
 
@@ -257,7 +264,7 @@ def usage(
     as_json: Json = False,
 ) -> None:
     """What ClickHouse says an account has used, by operation and principal."""
-    from tollway.streams.looks import usage_of
+    from tollway.streams.audit_looks import usage_of
 
     rows = do(usage_of(read_settings(data), account, hours))
     say(
@@ -335,13 +342,13 @@ def dlq_show(partition: int, offset: int, data: Data = None, as_json: Json = Fal
     from tollway.streams.looks import dead_letter_at
 
     found = do(dead_letter_at(read_settings(data), partition, offset))
-    say(found, as_json, lambda _: [print(f"{name}: {value}") for name, value in found.items()])
+    say(found, as_json, lambda _: print("\n".join(f"{name}: {value}" for name, value in found.items())))
 
 
 @audit_app.command("verify")
 def audit_verify(data: Data = None, as_json: Json = False) -> None:
     """Prove no gap, no double, no change in the audit log; exit 1 where the proof fails."""
-    from tollway.streams.looks import verify_audit
+    from tollway.streams.audit_looks import verify_audit
 
     report = do(verify_audit(read_settings(data)))
     say(report, as_json, lambda _: _print_report(report))

@@ -1,6 +1,5 @@
-"""What the commands that look print: read from Redis, ClickHouse, Kafka and Stripe, never written."""
+"""What the commands that look print: read from Redis, Kafka and Stripe, never written."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -10,36 +9,24 @@ from tollway.connectors.meter_events import meter_events_since
 from tollway.connectors.redis import read_quota
 from tollway.schemas import codec
 from tollway.schemas.lane import lane, partition
-from tollway.schemas.meter_event import identifier
+from tollway.schemas.meter_event import MeterEvent, identifier
 from tollway.schemas.topics import DEAD_LETTERS
 from tollway.schemas.usage import ID
 from tollway.streams.dead_letters import parse_letter
 from tollway.streams.settings import Settings
-from tollway.streams.usage_queries import usage_report
-from tollway.streams.wiring import audit_store, redis_client, stripe_port
+from tollway.streams.wiring import redis_client, stripe_port
 
 HOUR_S = 3_600
 
 
 async def quota_of(settings: Settings, account: str) -> dict[str, Any]:
     """Redis' totals of an account, with the state of its lane."""
-    _check_account(account)
+    check_account(account)
     redis = redis_client(settings)
     try:
         return await read_quota(redis, account)
     finally:
         await redis.aclose()
-
-
-async def usage_of(settings: Settings, account: str, hours: int) -> list[dict[str, Any]]:
-    """ClickHouse's accepted usage of an account in the last `hours`."""
-    _check_account(account)
-    store = audit_store(settings)
-    now_s = int(time.time())
-    try:
-        return await asyncio.to_thread(usage_report, store, account, now_s - hours * HOUR_S, now_s + 60)
-    finally:
-        store.close()
 
 
 async def letters_of(settings: Settings) -> list[dict[str, Any]]:
@@ -78,13 +65,13 @@ async def dead_letter_at(settings: Settings, number: int, offset: int) -> dict[s
 
 async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
     """Ours beside Stripe's: units by customer, meter and hour of usage."""
-    _check_account(account)
+    check_account(account)
     admin = Admin(settings.kafka_bootstrap, settings.admin_security())
     home = partition(lane(account), await log_partitions(admin))
     found = await meter_events_since(settings.kafka_bootstrap, settings.kafka_security(), home, account, 0)
     by_n = {event["n"]: event for event in found}
     events = [by_n[n] for n in sorted(by_n)]
-    hours: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    hours: dict[tuple[str, str, int], list[MeterEvent]] = {}
     for event in events:
         # Stripe files a meter event under its timestamp, which lies in the usage window.
         hour_s = event["last_occurred_at"] // 1_000_000 // HOUR_S * HOUR_S
@@ -116,6 +103,16 @@ async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
     }
 
 
-def _check_account(account: str) -> None:
+async def ensure_meter(settings: Settings, event_name: str) -> str:
+    """Id of Stripe's active meter of an event name; created with formula sum where there is none."""
+    port = stripe_port(settings)
+    try:
+        return await port.ensure_meter(event_name)
+    finally:
+        await port.close()
+
+
+def check_account(account: str) -> None:
+    """Raises Refused where the text is no account's name."""
     if not ID.fullmatch(account):
         raise Refused(f"account is {account!r}: ids match {ID.pattern}")

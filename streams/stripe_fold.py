@@ -33,6 +33,7 @@ TRANSACTION_TIMEOUT_MS = 10_000
 """A worker that died in a transaction holds back readers of committed records for this long at most."""
 
 IDLE_S = 3600
+TEST_KEYS = ("sk_test_", "rk_test_")
 
 Think = Callable[[Any], Awaitable[Any]]
 
@@ -84,6 +85,7 @@ class StripeFold:
     def __init__(self, epoch: str, stripe: Think, port: StripePort, settings: Settings, failpoints: Failpoints) -> None:
         self._epoch, self._stripe, self._port, self._fail = epoch, stripe, port, failpoints
         self._settings = settings
+        self._meters: set[str] = set()
         self._producers: dict[int, AIOKafkaProducer] = {}
         self._save: Callable[[int], Awaitable[None]] | None = None
         self.fencing = self
@@ -157,9 +159,18 @@ class StripeFold:
     async def take(self, state: StripeState, records: Records) -> None:
         """Into the sender's state, with the offset behind them."""
         events = [cast(MeterEvent, codec.decode(value)[1]) for value in records.values if value]
+        await self._check_meters({event["event_name"] for event in events})
         await self._stripe(MeterEvents(state, events))
         state.next_offset = int(records.offsets[-1]) + 1
         state.due_at = 0.0
+
+    async def _check_meters(self, names: set[str]) -> None:
+        """Stop the partition, red, before units go into a meter that would not add them up (formula, window, mode)."""
+        new = names - self._meters
+        if new:
+            key = self._settings.stripe_key.get_secret_value()
+            await self._port.check_meters(new, live=not key.startswith(TEST_KEYS))
+            self._meters |= new
 
     async def settle(self, effects: list[None], send: Send) -> None:
         """Effects are calls, made in `tend` once their attempts are on record."""
