@@ -36,8 +36,8 @@ from tollway.streams.totals import METER_BITS, METER_MASK, METERS_MAX, OTHER, SC
 from tollway.streams.windows import FINEST_FIRST, IDLE_KEEP_S, KEEP_S, oldest_start_s, starts_s
 
 FORMAT = 1
-CLOSES_MAX = 1_000_000
-"""Closes waiting for Redis; the oldest are dropped beyond that (sweep closes their holds later)."""
+CLOSES_MAX = 100_000
+"""Closes of a lane waiting for Redis; the oldest are dropped beyond that (sweep closes their holds later)."""
 _IDLE_CHECK_S = 3_600
 
 Found = tuple[tuple[str, ...], Family, Ints]
@@ -54,12 +54,12 @@ class Quota:
         self.tables: dict[tuple[str, int], Table] = {}
         self.alarms: Counter[str] = Counter()
         """late, ahead: quantities not counted; other_scope: scopes counted in `other~`; overflow: totals at their end;
-        closes_dropped; meters_full. Of this process, not of the log."""
+        closes_dropped. Of this process, not of the log."""
         self.changes = 0
         """Grows with every call that may change a total: tells whether totals are still those of a noted offset."""
         self.policies: set[str] = set()
         """Accounts whose `p` must be written."""
-        self.closes: dict[int, list[str]] = defaultdict(list)
+        self.closes: dict[int, list[str]] = {}
         """lane → holds that usage has ended."""
         self._meter_ids: dict[str, int] = {}
         self._plans: dict[str, tuple[dict[str, Any], Plan]] = {}
@@ -229,8 +229,11 @@ class Quota:
             return
         held = pa.array(batch.accepted & hold.is_valid().to_numpy(zero_copy_only=False))
         accounts = batch.usage.column("account").filter(held).to_pylist()
+        ended: dict[int, list[str]] = defaultdict(list)
         for account, name in zip(accounts, hold.filter(held).to_pylist(), strict=True):
-            self.closes[lane(account)].append(name)
+            ended[lane(account)].append(name)
+        for number, holds in ended.items():
+            self._set_closes(number, self.closes.get(number, []) + holds)
 
     # --- the way to Redis
 
@@ -243,6 +246,15 @@ class Quota:
     def take_closes(self, number: int) -> list[str]:
         """Holds of a lane that usage has ended; then forgotten."""
         return self.closes.pop(number, [])
+
+    def put_back_closes(self, number: int, holds: list[str]) -> None:
+        """These still wait for Redis, before all others of the lane."""
+        if holds:
+            self._set_closes(number, holds + self.closes.get(number, []))
+
+    def _set_closes(self, number: int, holds: list[str]) -> None:
+        self.alarms["closes_dropped"] += max(0, len(holds) - CLOSES_MAX)
+        self.closes[number] = holds[-CLOSES_MAX:]
 
     def dirty(self) -> npt.NDArray[np.int64]:
         """[256] totals of each lane that Redis has not been told."""
