@@ -1,0 +1,404 @@
+"""The emitter: a service's usage, on disk before the call goes on, in Kafka soon after.
+
+async with Emitter("broker:9092") as emitter:
+    emitter.emit(surface="mcp", operation="search", account="acme", principal_kind="user", principal="u-1",
+                 status="ok", latency_us=1200, quantities={"tokens_out": 311})
+"""
+
+import asyncio
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from concurrent import futures
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from tollway.connectors.acknowledged import Acknowledged
+from tollway.connectors.errors import Refused
+from tollway.connectors.event import complete
+from tollway.connectors.frame import FRAME_BYTES_MAX, pack
+from tollway.connectors.outbox import AHEAD_BYTES, Outbox
+from tollway.connectors.spool import SEGMENT_BYTES, Spool
+from tollway.connectors.tally import Tally
+from tollway.schemas import encoder
+from tollway.schemas.ids import uuid7_hex
+from tollway.schemas.lane import LANES, lane
+from tollway.schemas.topics import USAGE
+from tollway.schemas.usage import FieldError
+
+if TYPE_CHECKING:
+    from tollway.connectors.sender import Sender
+
+SOURCE_S = 86_400
+"""A source is minted anew after this; the fold forgets it 5 days after its birth."""
+SPOOL_BYTES_MAX = 1 << 30
+SPOOL_EVENTS_MAX = 5_000_000
+MEMORY_BYTES_MAX = 64 << 20
+EVENTS_MIN = 8
+EVENT_BYTES_TYPICAL = 400
+SECURITY = (
+    "client_id", "security_protocol", "ssl_context", "sasl_mechanism", "sasl_plain_username", "sasl_plain_password",
+    "sasl_kerberos_service_name", "sasl_kerberos_domain_name", "sasl_oauth_token_provider",
+)  # fmt: skip
+"""Arguments that go to aiokafka as they are."""
+CLOSE_DEADLINE_S = 10.0
+"""Of a context manager's end: what is not acknowledged by then stays for the successor."""
+_RETRY_US = 1_000_000
+
+
+class Emitted(NamedTuple):
+    """Who emitted, in which lane, and the how manieth there: the event's identity in the log."""
+
+    source: str
+    lane: int
+    sequence: int
+
+
+class Emitter:
+    """Thread-safe; after fork() a child has its own source and spool. Do not emit from a signal handler."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        *,
+        spool_dir: str | Path | None = None,
+        topic: str = USAGE.name,
+        durability: Literal["disk", "memory"] = "disk",
+        spool_bytes_max: int | None = None,
+        spool_events_max: int = SPOOL_EVENTS_MAX,
+        when_full: Literal["refuse", "drop_oldest"] = "refuse",
+        fsync_interval_s: float | None = None,
+        clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        **security: Any,
+    ) -> None:
+        """Nothing is sent before `start`.
+
+        spool_dir: by default `default_spool_dir()`. Processes that share one send what a dead one of them left.
+        durability: `disk` survives the death of the process, and that of the machine but for the last fsync_interval_s
+        (None: the system's own write-back, some 30 s); `memory` survives nothing.
+        spool_bytes_max: for the whole folder, as of at most 30 s ago (1 GiB; in memory 64 MiB); spool_events_max: for what
+        this process has waiting. Beyond either: `refuse` the new event, or `drop_oldest`; both are counted.
+        security: aiokafka's arguments named in SECURITY.
+        Raises Refused where the folder cannot be written or an argument is out of range.
+        """
+        self._bytes_max = spool_bytes_max or (SPOOL_BYTES_MAX if durability == "disk" else MEMORY_BYTES_MAX)
+        self._events_max = spool_events_max
+        _check(durability, when_full, self._bytes_max, spool_events_max, fsync_interval_s, security)
+        self._drop_oldest = when_full == "drop_oldest"
+        self._bootstrap, self._topic, self._security = bootstrap, topic, security
+        self._fsync_interval_s, self._clock_us = fsync_interval_s, clock_us
+        self._root = _folder(spool_dir) if durability == "disk" else None
+        self._autostart = False
+        self._new_process()
+        try:
+            with self._lock:
+                self._new_life(clock_us())
+        except OSError as error:
+            raise _unwritable(self._root, error) from error
+        _emitters.add(self)
+
+    def _new_process(self) -> None:
+        """Nothing of the parent's."""
+        self._lock = threading.Lock()
+        self._spools: list[Spool] = []
+        self._life: Spool | None = None
+        self._life_ends_us = self._retry_us = 0
+        self._tally, self._acknowledged = Tally(), Acknowledged()
+        self._outbox = Outbox(min(AHEAD_BYTES, self._bytes_max // 4, self._events_max * EVENT_BYTES_TYPICAL // 4))
+        self._sender: Sender | None = None
+        self._closed = False
+
+    def emit(self, **fields: Any) -> Emitted | None:
+        """Take one call's usage: the fields of UsageEvent without `source` and `sequence`.
+
+        Filled in where missing: event_id, occurred_at (now), quantities' `calls` (1).
+        Returns None where it was refused (spool full, disk, closed: see `counters`): a call never fails for that.
+        Raises FieldError for content that no one could bill: naming field, value and bound.
+        """
+        if "source" in fields or "sequence" in fields:
+            name = "source" if "source" in fields else "sequence"
+            raise FieldError(name, fields[name], "unknown_field", "the emitter sets it")
+        with self._lock:
+            now_us = self._clock_us()
+            spool = self._life
+            if spool is None or now_us >= self._life_ends_us:
+                spool = self._renew(now_us)
+            complete(fields, now_us, self._random_bits)
+            account = fields.get("account")
+            in_lane = lane(account) if account.__class__ is str and account.isascii() else 0
+            sequence = self._sequences[in_lane] + 1
+            fields["source"], fields["sequence"] = self._source, sequence
+            value = encoder.encode(fields)
+            if spool is None:
+                return None
+            frame = pack(now_us // 1000, sequence, in_lane, fields["account"].encode(), value)
+            if not self._append(spool, frame, in_lane):
+                return None
+            self._sequences[in_lane] = sequence
+            self._tally.append(in_lane)
+            sender = self._sender
+        if sender is not None and sender.idle:
+            sender.wake()
+        return Emitted(spool.source, in_lane, sequence)
+
+    def _append(self, spool: Spool, frame: bytes, in_lane: int) -> bool:
+        """Make room if need be, then append; what is refused is counted. Under the lock."""
+        while self._is_full(spool, len(frame)):
+            if not (self._drop_oldest and any(own.drop_oldest() for own in self._spools if own.own)):
+                self._tally.refused["full"] += 1
+                return False
+        try:
+            spool.append(frame, in_lane)
+        except OSError:
+            self._tally.refused["disk"] += 1
+            return False
+        return True
+
+    def _is_full(self, spool: Spool, more: int) -> bool:
+        if self._tally.waiting >= self._events_max:
+            return True
+        held = spool.size_bytes if len(self._spools) == 1 else sum(s.size_bytes for s in self._spools if s.own)
+        others = self._sender.others_bytes if self._sender is not None else 0
+        return held + others + more > self._bytes_max
+
+    def _renew(self, now_us: int) -> Spool | None:
+        """A new source and spool: after a fork, and daily. None, counted, where that fails. Under the lock."""
+        if self._closed:
+            self._tally.refused["closed"] += 1
+            return None
+        try:
+            if now_us < self._retry_us:
+                raise OSError
+            self._new_life(now_us)
+        except OSError:
+            self._tally.refused["disk"] += 1
+            self._retry_us = self._retry_us if now_us < self._retry_us else now_us + _RETRY_US
+            return None
+        if self._autostart and self._sender is None:
+            self._start_in_thread()
+        return self._life
+
+    def _new_life(self, now_us: int) -> None:
+        """Raises OSError."""
+        source = uuid7_hex(now_us // 1000, int.from_bytes(os.urandom(10)))
+        limits: dict[str, Any] = {
+            "segment_bytes": max(1, min(SEGMENT_BYTES, self._bytes_max // 8)),
+            "segment_events": max(1, self._events_max // 8),
+        }
+        if self._root is None:
+            spool = Spool(source, None, self._tally, **limits)
+        else:
+            spool = Spool.create(self._root, source, self._tally, **limits)
+        if self._life is not None:
+            self._life.retired = True
+        self._spools.append(spool)
+        self._life, self._life_ends_us = spool, now_us + SOURCE_S * 1_000_000
+        self._source, self._sequences = source, [0] * LANES
+        self._random_bits = random.Random(os.urandom(32)).getrandbits
+
+    def start(self) -> Awaitable[None]:
+        """Send in the background: in the running loop, or, where there is none, in a thread. Never waits for the broker."""
+        if self._closed:
+            raise Refused("the emitter is closed: make a new one")
+        if self._sender is None or self._sender.ended.done():
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self._start_in_thread()
+            else:
+                self._task = loop.create_task(self._new_sender().run())
+        return _Done()
+
+    def _start_in_thread(self) -> None:
+        run = self._new_sender().run
+        threading.Thread(target=lambda: asyncio.run(run()), name="tollway-emitter", daemon=True).start()
+
+    def _new_sender(self) -> "Sender":
+        from tollway.connectors.sender import Sender  # aiokafka takes its time
+
+        self._autostart = True
+        self._sender = Sender(
+            self._bootstrap,
+            self._topic,
+            self._security,
+            self._root,
+            self._spools,
+            self._outbox,
+            self._tally,
+            self._acknowledged,
+            clock_us=self._clock_us,
+            fsync_interval_s=self._fsync_interval_s,
+        )
+        return self._sender
+
+    async def flush(self, deadline_s: float) -> dict[int, int]:
+        """Wait until all that was emitted before is acknowledged; returns lane → events that are not, {} when all are."""
+        target, waiter = self._flushing()
+        if waiter is not None:
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(waiter), deadline_s)
+            except TimeoutError:
+                waiter.cancel()
+        return self._tally.outstanding(target)
+
+    def flush_sync(self, deadline_s: float) -> dict[int, int]:
+        """`flush` for code without a loop."""
+        target, waiter = self._flushing()
+        if waiter is not None:
+            self._must_not_block()
+            try:
+                waiter.result(deadline_s)
+            except TimeoutError:
+                waiter.cancel()
+        return self._tally.outstanding(target)
+
+    def _flushing(self) -> tuple[list[int], Future[None] | None]:
+        with self._lock:
+            target = list(self._tally.emitted_by_lane)
+        running = self._sender is not None and not self._sender.ended.done()
+        return target, self._tally.wait(target) if running and self._tally.outstanding(target) else None
+
+    def _must_not_block(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if self._sender is not None and self._sender.loop is loop:
+            raise Refused("the emitter sends in this loop, which must not be blocked: await flush() or close()")
+
+    async def close(self, deadline_s: float) -> dict[int, int]:
+        """Refuse further events, flush, stop. What is not acknowledged (returned by lane) stays on disk for a successor."""
+        self._close_intake()
+        left = await self.flush(deadline_s)
+        if self._sender is not None:
+            self._sender.stop()
+            await asyncio.wait([asyncio.wrap_future(self._sender.ended)], timeout=CLOSE_DEADLINE_S)
+        self._leave()
+        return left
+
+    def close_sync(self, deadline_s: float) -> dict[int, int]:
+        """`close` for code without a loop."""
+        self._must_not_block()
+        self._close_intake()
+        left = self.flush_sync(deadline_s)
+        if self._sender is not None:
+            self._sender.stop()
+            futures.wait([self._sender.ended], timeout=CLOSE_DEADLINE_S)
+        self._leave()
+        return left
+
+    def _close_intake(self) -> None:
+        with self._lock:
+            self._closed, self._life = True, None
+
+    def _leave(self) -> None:
+        """Let go of the spools, so that a successor can take what is left."""
+        _emitters.discard(self)
+        for spool in self._spools:
+            spool.settle(self._outbox.settled(spool))
+            spool.close()
+        self._spools.clear()
+
+    def acknowledged(self, source: str, lane: int, sequence: int) -> int | None:
+        """Offset of an acknowledged event, of one of the newest 100,000; None where it is not acknowledged or older."""
+        return self._acknowledged.offset(source, lane, sequence)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """See `Tally`; `refused` by reason (full, disk, closed), `waiting` events and `spooled_bytes` of this process."""
+        spooled_bytes = sum(spool.waiting_bytes for spool in self._spools if spool.own)
+        return {**self._tally.counts(), "waiting": self._tally.waiting, "spooled_bytes": spooled_bytes}
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is being sent just now, in one sentence."""
+        return self._sender.problem if self._sender is not None else "not started"
+
+    def _forked(self) -> None:
+        closed = self._closed
+        for spool in self._spools:
+            spool.abandon()
+        self._new_process()
+        self._closed = closed
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        await self.close(CLOSE_DEADLINE_S)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None) -> None:
+        self.close_sync(CLOSE_DEADLINE_S)
+
+
+class _Done:
+    """Awaitable, and done: `start` serves code with and without a loop."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
+
+
+def default_spool_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """$TOLLWAY_SPOOL_DIR, else $XDG_STATE_HOME/tollway/spool, else ~/.local/state/tollway/spool."""
+    if given := environ.get("TOLLWAY_SPOOL_DIR"):
+        return Path(given)
+    state = environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "tollway" / "spool"
+
+
+def _folder(spool_dir: str | Path | None) -> Path:
+    root = Path(spool_dir) if spool_dir is not None else default_spool_dir()
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    return root
+
+
+def _unwritable(root: Path | None, error: OSError) -> Refused:
+    return Refused(f"spool_dir is {str(root)!r}: {error.strerror or error}; give a folder that can be written")
+
+
+def _check(
+    durability: str, when_full: str, bytes_max: int, events_max: int, fsync_interval_s: float | None, security: Any
+) -> None:
+    for name, value, allowed in (
+        ("durability", durability, ("disk", "memory")),
+        ("when_full", when_full, ("refuse", "drop_oldest")),
+    ):
+        if value not in allowed:
+            raise Refused(f"{name} is {value!r}: give one of {', '.join(allowed)}")
+    for name, count, least in (
+        ("spool_bytes_max", bytes_max, FRAME_BYTES_MAX), ("spool_events_max", events_max, EVENTS_MIN)
+    ):  # fmt: skip
+        if count < least:
+            raise Refused(f"{name} is {count!r}: give at least {least}")
+    if fsync_interval_s is not None and fsync_interval_s <= 0:
+        raise Refused(f"fsync_interval_s is {fsync_interval_s!r}: give seconds above 0, or None")
+    for name in security:
+        if name not in SECURITY:
+            raise Refused(f"{name} is no argument of Emitter: aiokafka's are {', '.join(SECURITY)}")
+
+
+_emitters: "weakref.WeakSet[Emitter]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for emitter in list(_emitters):
+        emitter._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

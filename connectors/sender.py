@@ -1,0 +1,301 @@
+"""Spools → Kafka: in order, idempotent, acks=all, whole batches with their partition named.
+
+One producer at a time. When it fails (aiokafka's idempotent producer cannot go on after a batch it gave up), what is not
+acknowledged goes to a new one; the fold recognises what then arrives twice by (source, lane, sequence).
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError, ProducerClosed
+
+from tollway.connectors.acknowledged import Acknowledged
+from tollway.connectors.frame import Frame
+from tollway.connectors.outbox import Batch, Outbox
+from tollway.connectors.spool import Position, Spool, adopt_dead
+from tollway.connectors.tally import Tally
+from tollway.schemas import lane as lanes
+from tollway.schemas.usage import RESEND_S
+
+TURN_S = 0.02
+"""A turn gathers what was emitted meanwhile; a backlog is sent as fast as it is acknowledged."""
+BATCH_BYTES_MAX = 64 << 10
+BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
+ADOPT_S = 30.0
+KEEP_S = 1.0
+"""How often the place up to which all is acknowledged is written down."""
+CONNECT_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 2.0
+RETRY_MS = 250
+REQUEST_TIMEOUT_MS = 30_000
+
+log = logging.getLogger("tollway.emitter")
+
+
+class Sender:
+    """Sends the spools of an emitter and those of dead processes under `root`, until it is stopped."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        security: Mapping[str, Any],
+        root: Path | None,
+        spools: list[Spool],
+        outbox: Outbox,
+        tally: Tally,
+        acknowledged: Acknowledged,
+        *,
+        clock_us: Callable[[], int],
+        fsync_interval_s: float | None,
+    ) -> None:
+        self._bootstrap, self._topic, self._security = bootstrap, topic, security
+        self._root, self._spools, self._outbox = root, spools, outbox
+        self._tally, self._acknowledged = tally, acknowledged
+        self._clock_us, self._fsync_interval_s = clock_us, fsync_interval_s
+        self.problem: str | None = None
+        """Why nothing is being sent just now."""
+        self.others_bytes = 0
+        """Bytes that other processes have in the folder, as of the last look."""
+        self.idle = False
+        """The emitter calls `wake` when it has appended something and finds this set."""
+        self.ended: Future[None] = Future()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._partitions = 1
+        self._producer: AIOKafkaProducer | None = None
+
+    def wake(self) -> None:
+        """From any thread."""
+        self.idle = False
+        if self.loop is not None:
+            with suppress(RuntimeError):  # its loop was closed: `ended` says so
+                self.loop.call_soon_threadsafe(self._wake.set)
+
+    def stop(self) -> None:
+        """From any thread; `ended` is resolved when it has stopped. Nothing is waited for."""
+        self._stopping = True
+        self.wake()
+
+    async def run(self) -> None:
+        """Until `stop`, or until its loop cancels it."""
+        self.loop = asyncio.get_running_loop()
+        tasks = [asyncio.create_task(self._every(KEEP_S, self._keep))]
+        if self._root is not None:
+            tasks.append(asyncio.create_task(self._every(ADOPT_S, self._adopt)))
+            if self._fsync_interval_s:
+                tasks.append(asyncio.create_task(self._every(self._fsync_interval_s, self._sync)))
+        try:
+            await self._send_for_ever()
+        finally:
+            self.idle = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.ended.set_result(None)
+
+    async def _every(self, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await work()
+            except OSError as error:
+                self._report(f"the spool: {error}")
+            await asyncio.sleep(interval_s)
+
+    async def _keep(self) -> None:
+        for spool in list(self._spools):
+            spool.save_position()
+
+    async def _sync(self) -> None:
+        for spool in list(self._spools):
+            if spool.own:
+                await asyncio.to_thread(spool.sync)
+
+    async def _adopt(self) -> None:
+        assert self._root is not None
+        own = {spool.source for spool in self._spools if spool.own}
+        adopted = {spool.source for spool in self._spools if not spool.own}
+        found, self.others_bytes = await asyncio.to_thread(adopt_dead, self._root, self._tally, own, adopted)
+        self._spools += found
+        if found:
+            log.info("%d spools of ended processes are sent: %s", len(found), [spool.source for spool in found])
+            self._wake.set()
+
+    async def _send_for_ever(self) -> None:
+        backoff_s = BACKOFF_S
+        while not self._stopping:
+            before = self._tally.acknowledged + self._tally.resumed
+            try:
+                await self._one_producer()
+            except (KafkaError, OSError, TimeoutError, ValueError) as error:
+                self._report(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            if self._stopping:
+                return
+            progress = self._tally.acknowledged + self._tally.resumed > before
+            backoff_s = BACKOFF_S if progress else min(2 * backoff_s, BACKOFF_MAX_S)
+            await self._wait(backoff_s)
+
+    def _report(self, problem: str) -> None:
+        if problem != self.problem:
+            log.warning("usage waits in the spool: %s", problem)
+        self.problem = problem
+
+    async def _wait(self, timeout_s: float) -> None:
+        """For a wake-up, at most `timeout_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        self._wake.clear()
+
+    async def _one_producer(self) -> None:
+        """Send with one producer until it fails. Raises KafkaError, OSError, TimeoutError, ValueError."""
+        producer = self._producer = AIOKafkaProducer(
+            bootstrap_servers=self._bootstrap,
+            enable_idempotence=True,
+            acks="all",
+            max_batch_size=BATCH_BYTES_MAX,
+            retry_backoff_ms=RETRY_MS,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+            **self._security,
+        )
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE_S):
+                await producer.start()
+                self._partitions = len(await producer.partitions_for(self._topic))
+            lanes.partition(0, self._partitions)  # refuses a count that would tear lanes apart
+            if await self._is_open():
+                self._failure = None
+                self._outbox.open(self._partitions, producer.create_batch)
+                for spool in list(self._spools):
+                    spool.rewind()
+                await self._turns(producer)
+        finally:
+            await discard(producer)
+            self._producer = None
+
+    async def _is_open(self) -> bool:
+        """Wait until every partition has its first record, the `log.open`: what stands before it would be refused."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, enable_auto_commit=False, **self._security)
+        partitions = [TopicPartition(self._topic, number) for number in range(self._partitions)]
+        backoff_s = BACKOFF_S
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE_S):
+                await consumer.start()
+            while not self._stopping:
+                if all((await consumer.end_offsets(partitions)).values()):
+                    return True
+                self._report(f"topic {self._topic} is not open: every partition needs its log.open first")
+                backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+                await self._wait(backoff_s)
+            return False
+        finally:
+            await consumer.stop()
+
+    async def _turns(self, producer: AIOKafkaProducer) -> None:
+        while not self._stopping:
+            behind = await self._take(producer)
+            await self._send(producer)
+            if self._failure is not None:
+                raise self._failure
+            self._settle()
+            if behind:
+                await self._wait(KEEP_S)
+            else:
+                await self._rest()
+                await asyncio.sleep(TURN_S)
+
+    async def _send(self, producer: AIOKafkaProducer, *, full_only: bool = False) -> None:
+        for batch in self._outbox.to_send(time.monotonic(), full_only=full_only):
+            future = await producer.send_batch(batch.builder, self._topic, partition=batch.partition)
+            future.add_done_callback(partial(self._answered, producer, batch))
+
+    async def _take(self, producer: AIOKafkaProducer) -> bool:
+        """From the spools, a slice of each in turn, into the outbox; True when that has no room for more."""
+        oldest_ms = self._clock_us() // 1000 - RESEND_S * 1000
+        more = True
+        while more:
+            more = False
+            for spool in list(self._spools):
+                if not spool.unread:
+                    continue
+                if not self._outbox.has_room(time.monotonic()):
+                    return True
+                frames, position = spool.take()
+                if frames:
+                    more = True
+                    self._put(spool, frames, position, oldest_ms)
+                    await self._send(producer, full_only=True)  # small requests: copying large ones is dear
+                    await asyncio.sleep(0)  # the loop is the service's, too
+        return False
+
+    def _put(self, spool: Spool, frames: list[Frame], position: Position, oldest_ms: int) -> None:
+        if frames[0][0] < oldest_ms or frames[-1][0] < oldest_ms:
+            old = [frame for frame in frames if frame[0] < oldest_ms]
+            self._tally.expire(Counter([frame[2] for frame in old]), own=spool.own)
+            spool.settle_sequences({frame[2]: frame[1] for frame in old})
+            frames = [frame for frame in frames if frame[0] >= oldest_ms]
+        self._outbox.put(spool, frames, position)
+
+    async def _rest(self) -> None:
+        """Until the emitter or an answer wakes us, where there is nothing to do."""
+        self.idle = True  # before the look: what is appended after it wakes us
+        if not self._outbox.sendable and not any(spool.unread for spool in self._spools):
+            await self._wait(KEEP_S)
+        self.idle = False
+
+    def _answered(self, producer: AIOKafkaProducer, batch: Batch, answer: asyncio.Future[Any]) -> None:
+        """The broker has a batch, or the producer has given it up."""
+        error = ConnectionAbortedError("the producer was closed") if answer.cancelled() else answer.exception()
+        if producer is not self._producer:
+            return  # given up with its producer: the next one has the batch
+        if error is not None:
+            self._failure = self._failure or error
+        else:
+            self._outbox.done(batch)
+            self._tally.acknowledge(Counter([mark % lanes.LANES for mark in batch.marks]), own=batch.spool.own)
+            offset = answer.result().offset
+            if offset >= 0:  # a broker that recognised a duplicate may not know where the first one is
+                self._acknowledged.remember(batch.spool.source, batch.partition, self._partitions, offset, batch.marks)
+            if self.problem is not None:
+                log.info("usage is sent again")
+                self.problem = None
+        self._wake.set()
+
+    def _settle(self) -> None:
+        """Delete what is acknowledged, and spools that are done."""
+        for spool in list(self._spools):
+            try:
+                spool.settle(self._outbox.settled(spool))
+                if spool.retired and spool.all_settled:
+                    self._spools.remove(spool)
+                    self._outbox.forget(spool)
+                    spool.remove()
+            except OSError as error:  # at worst it is sent again by a successor
+                log.warning("an acknowledged spool cannot be removed: %s", error)
+        self._tally.notify()
+
+
+async def discard(producer: AIOKafkaProducer) -> None:
+    """Close a producer, after STOP_DEADLINE_S even one that cannot deliver what it holds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(STOP_DEADLINE_S):
+            await producer.stop()
+            return
+    # stop() waits for delivery and has no other way out: fail what it holds, then end its task.
+    producer._message_accumulator.fail_all(ProducerClosed())
+    task = producer._sender.sender_task
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=STOP_DEADLINE_S)
+    await producer.client.close()
