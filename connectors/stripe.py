@@ -177,6 +177,17 @@ class StripePort:
             self._customers[account] = (await _read(self._client.v1.customers.create_async(params, once))).id
         return self._customers[account]
 
+    async def check_customer(self, customer: str) -> None:
+        """Raises Refused where Stripe has no such customer: it would take the units and put them on no invoice."""
+        try:
+            found = await self._client.v1.customers.retrieve_async(customer)
+        except stripe.InvalidRequestError as error:
+            raise Refused(f"Stripe has no customer {customer}: create it, or bind with --create-at-stripe") from error
+        except stripe.StripeError as error:
+            raise Unavailable(f"Stripe cannot be asked for customer {customer}: {words(error)}") from error
+        if getattr(found, "deleted", False):
+            raise Refused(f"Stripe's customer {customer} was deleted: bind another")
+
     async def _meter(self, event_name: str) -> Meter:
         meter = self._meters.get(event_name) or (await self.meters()).get(event_name)
         if meter is None:

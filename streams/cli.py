@@ -154,9 +154,20 @@ def account_open(account: str, name: str = "", data: Data = None, as_json: Json 
 
 
 @customer_app.command("bind")
-def customer_bind(account: str, customer: str, data: Data = None, as_json: Json = False) -> None:
-    """Bind an account to the Stripe customer that pays for it."""
-    append(data, account, "customer.bind", {"customer": customer}, as_json)
+def customer_bind(
+    account: str,
+    customer: Annotated[str | None, typer.Argument(help="Stripe's customer id, such as cus_123.")] = None,
+    create_at_stripe: Annotated[bool, typer.Option(help="Without CUSTOMER: make one for this account.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Bind an account to the Stripe customer that pays for it; Stripe is asked whether it is there."""
+    from tollway.streams.looks import customer_of
+
+    if customer is None and not create_at_stripe:
+        raise Refused("CUSTOMER is missing: give Stripe's customer id, or --create-at-stripe")
+    found = do(customer_of(read_settings(data), account, customer))
+    append(data, account, "customer.bind", {"customer": found}, as_json)
 
 
 @policy_app.command("set")

@@ -112,6 +112,18 @@ async def ensure_meter(settings: Settings, event_name: str) -> str:
         await port.close()
 
 
+async def customer_of(settings: Settings, account: str, customer: str | None) -> str:
+    """The customer to bind: the given one, if Stripe has it; without one, the customer made for this account."""
+    port = stripe_port(settings)
+    try:
+        if customer is None:
+            return await port.ensure_customer(account)
+        await port.check_customer(customer)
+        return customer
+    finally:
+        await port.close()
+
+
 def check_account(account: str) -> None:
     """Raises Refused where the text is no account's name."""
     if not ID.fullmatch(account):

@@ -28,6 +28,7 @@ from tollway.connectors.errors import Fatal, Refused
 
 PORTS = ("valkey", "kafka", "kafka_controller", "clickhouse", "stripe")
 PARTS = ("valkey", "kafka", "clickhouse", "stripe")
+SIGNAL_LOOK_S = 0.5
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLICKHOUSE_USER, CLICKHOUSE_DATABASE = "tollway", "tollway"
 
@@ -132,15 +133,18 @@ class Stack:
 
         Call it from the main thread, after `start`. Returns the children that had failed, with the reason.
         """
-        asked = threading.Event()
+        asked: list[int] = []
+        never = threading.Event()
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if asked.is_set():
+            # No lock in here: a second signal may interrupt the first one's handler.
+            if asked:
                 self.supervisor.hurry()
-            asked.set()
+            asked.append(number)
 
         with _signals(on_signal):
-            while not asked.wait(1.0):
+            while not asked:
+                never.wait(SIGNAL_LOOK_S)
                 if not self.supervisor.alive:
                     raise Fatal(f"the supervisor has ended, its children with it; see {self.data / 'log'}")
             failed = self.supervisor.failed()
