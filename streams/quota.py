@@ -64,8 +64,6 @@ class Quota:
         self._meter_ids: dict[str, int] = {}
         self._plans: dict[str, tuple[dict[str, Any], Plan]] = {}
 
-    # --- the log
-
     def on_step(self, step_time_s: int) -> None:
         """A new step begins: drop the windows that are no longer counted."""
         self.changes += 1
@@ -235,8 +233,6 @@ class Quota:
         for number, holds in ended.items():
             self._set_closes(number, self.closes.get(number, []) + holds)
 
-    # --- the way to Redis
-
     def take(
         self, lanes: Collection[int], *, log_time_ms: int, everything: bool, ends: Collection[int]
     ) -> dict[int, Lot]:
@@ -278,8 +274,6 @@ class Quota:
             for key, units in zip(table.keys[: table.n].tolist(), table.totals[: table.n].tolist(), strict=True)
             if key >> METER_BITS in mine
         }
-
-    # --- checkpoints
 
     def dump(self) -> dict[str, Any]:
         """The state, as msgpack takes it: equal bytes for equal logs. Its buffers are compressed already."""

@@ -68,8 +68,6 @@ class QuotaView:
             await asyncio.wait({self._task})
         await self._client.aclose()
 
-    # --- told by the engine
-
     async def assigned(self, states: dict[int, PartitionState]) -> None:
         """These partitions are ours: all that they hold is refreshed."""
         now = time.monotonic()
@@ -141,8 +139,6 @@ class QuotaView:
                 if lane.number in dirty or lane.phase is not Phase.LIVE
             },
         }
-
-    # --- the task
 
     async def _run(self) -> None:
         retry_s = RETRY_FIRST_S

@@ -12,6 +12,7 @@ from tollway.schemas.usage import AHEAD_S, FIELDS, UNSEQUENCED_S
 from tollway.streams.batch import ACCEPTED, REFUSED, USAGE, Batch, Records
 from tollway.streams.decode import decode_usage
 from tollway.streams.directory import Account, Directory
+from tollway.streams.quota import Quota
 
 NOW_S = 1_767_225_600  # 2026-01-01 00:00:00 UTC
 METERS = ("calls", "tokens_in", "tokens_out", "gpu_ms", "bytes_out", "searches")
@@ -132,3 +133,12 @@ def counts(*rows: tuple[str | Sequence[str], str, str | Sequence[str]], limits: 
         ],
         "limits": [dict(zip(("scope", "meter", "window", "limit"), row, strict=True)) for row in limits],
     }
+
+
+def folded(found: Directory, *batches: Batch, step_s: int = NOW_S) -> Quota:
+    """A Quota that has seen these batches in the step that begins at `step_s`."""
+    quota = Quota()
+    quota.on_step(step_s)
+    for each in batches:
+        quota.fold(found, each)
+    return quota

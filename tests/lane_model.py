@@ -24,8 +24,6 @@ class Lane:
     hx: dict[str, int] = field(default_factory=dict)
     fx: dict[str, int] = field(default_factory=dict)
 
-    # --- the fold's scripts; each answers (word, off, state, gen, begun)
-
     def answer(self, word: str) -> tuple[str, ...]:
         return (word, *(self.m.get(name, "") for name in ("off", "state", "gen", "begun")))
 
@@ -131,8 +129,6 @@ class Lane:
             fields += 1
         return ("OK", unsettled, asked, fields, int(len(due) == limit or len(ended) == limit))
 
-    # --- what a gate would do, as far as the fold's scripts meet it
-
     def hold(self, name: str, fields: list[tuple[str, str, int, int]], due: int) -> None:
         """A granted hold: (scope, field, amount, end) each; end 0 = none."""
         if name in self.h:
@@ -153,8 +149,6 @@ class Lane:
         if self.h.get(name, {}).get("st") == "H":
             self.h[name] |= {"st": "C", "src": "5" * 32, "seq": "7"}
             self.hx[name] = due
-
-    # --- to and from a real Redis
 
     def write(self, client: "redis.Redis[bytes]") -> None:
         """Make the real lane the same as this one."""

@@ -1,8 +1,6 @@
-"""The fold's scripts on a real Valkey against a model of dictionaries, and the client around them."""
+"""The fold's scripts on a real Valkey against a model of dictionaries."""
 
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -14,14 +12,10 @@ from hypothesis import strategies as st
 from tests.batches import NOW_S, counts
 from tests.lane_model import TAG, Lane
 from tollway.connectors import redis as far_redis
-from tollway.connectors.embedded.process import free_port
-from tollway.connectors.embedded.valkey import ValkeyServer, binary
-from tollway.connectors.errors import Refused, Unavailable
-from tollway.connectors.redis import APPLY, REWRITE_BEGIN, REWRITE_END, SWEEP, Answer, Swept, fly
-from tollway.schemas.lane import lane, tag
+from tollway.connectors.embedded.valkey import ValkeyServer
+from tollway.connectors.redis import APPLY, REWRITE_BEGIN, REWRITE_END, SWEEP, Swept
 from tollway.streams.policy import gate_fields
 
-NUMBER = 42
 NOW_MS = NOW_S * 1000
 HOUR, DAY = 3_600, 86_400
 EPOCH, LATER_EPOCH, OTHER_EPOCH = "0-log", "1-log", "0-other"
@@ -33,14 +27,6 @@ def client(valkey: ValkeyServer) -> Iterator["redis.Redis[bytes]"]:
     with redis.Redis(host=valkey.host, port=valkey.port, password=valkey.password) as found:
         found.flushdb()
         yield found
-
-
-@pytest.fixture
-async def far(valkey: ValkeyServer) -> AsyncIterator[Any]:
-    found = far_redis.connect(valkey.url)
-    await found.flushdb()
-    yield found
-    await found.aclose()
 
 
 def run(client: "redis.Redis[bytes]", script: far_redis.Script, *arguments: Any) -> Any:
@@ -73,8 +59,6 @@ def ready(client: "redis.Redis[bytes]", off: int = 0) -> str:
     assert run(client, REWRITE_END, EPOCH, gen, off)[0] == "OK"
     return str(gen)
 
-
-# --- the model
 
 FIELDS = [
     ("acme~acct", "calls h:0", NOW_S + HOUR),
@@ -169,9 +153,6 @@ def test_scripts_do_what_the_model_does(client: Any, operations: list[tuple[Any,
         real, wanted = step(client, model, operation)
         assert real == wanted, operation
         assert Lane.read(client) == model, operation
-
-
-# --- cases of the contract, by hand
 
 
 def test_a_lane_without_meta_takes_nothing(client: Any) -> None:
@@ -316,110 +297,3 @@ def test_sweep_asks_about_captured_holds_and_expires_open_ones(client: Any) -> N
     assert found.i == {"acme~call-captured"}
     apply(client, 1, [[], [], [], ["open"]])
     assert Lane.read(client).s["acme~acct"]["calls d:0 h"] == str(BIG)
-
-
-# --- the client
-
-
-async def test_calls_fly_together_and_load_missing_scripts(far: Any) -> None:
-    """Packed calls on several lanes go out together; scripts that Redis has forgotten are loaded on the way."""
-    await far.script_flush()
-    began = [Answer.read(reply) for reply in await fly(far, [REWRITE_BEGIN.call(n, EPOCH, 0) for n in (1, 2, 3)])]
-    assert [answer.word for answer in began] == ["OK"] * 3
-    body = msgpack.packb([[["acme~acct", "calls L:0 u", str(BIG)]], [], [], []])
-    replies = await fly(far, [APPLY.call(n, EPOCH, 4, "t", 0, "", "", NOW_MS, body) for n in (1, 2, 9)])
-    assert [Answer.read(reply).word for reply in replies] == ["OK", "OK", "LOST"]
-    assert await far.hget(f"{tag(2)}s:acme~acct", "calls L:0 u") == str(BIG).encode()
-    assert Answer.read(replies[2]) == Answer("LOST", -1, "", -1, -1)
-
-
-async def test_a_failed_script_is_unavailable_and_the_connection_stays_usable(far: Any) -> None:
-    """An error reply is raised as Unavailable after all replies were read: the next call does not get a stale one."""
-    await fly(far, [REWRITE_BEGIN.call(NUMBER, EPOCH, 0)])
-    broken = APPLY.call(NUMBER, EPOCH, 1, "t", 0, "", "", NOW_MS, b"\xc1")
-    with pytest.raises(Unavailable):
-        await fly(far, [broken, REWRITE_BEGIN.call(1, EPOCH, 0)])
-    assert Answer.read((await fly(far, [REWRITE_BEGIN.call(2, EPOCH, 0)]))[0]).word == "OK"
-
-
-async def test_a_redis_that_is_away_is_unavailable() -> None:
-    """No server on the port: Unavailable, which the view retries."""
-    away = far_redis.connect(f"redis://127.0.0.1:{free_port()}/0")
-    with pytest.raises(Unavailable):
-        await fly(away, [SWEEP.call(0, 1)])
-    with pytest.raises(Unavailable):
-        await far_redis.check(away)
-    await away.aclose()
-
-
-async def test_a_redis_that_may_forget_is_refused(tmp_path: Path) -> None:
-    """Eviction or no append-only file: refused by name with the cure, unless the caller says that it may forget."""
-    with ValkeyServer(tmp_path) as server:
-        client = far_redis.connect(server.url)
-        await far_redis.check(client)
-        await client.config_set("appendonly", "no")
-        with pytest.raises(Refused, match="appendonly no: set it to yes"):
-            await far_redis.check(client)
-        await client.config_set("maxmemory-policy", "allkeys-lru")
-        with pytest.raises(Refused, match="maxmemory-policy allkeys-lru: set it to noeviction"):
-            await far_redis.check(client)
-        await far_redis.check(client, allow_volatile=True)
-        await client.aclose()
-        wrong = far_redis.connect(server.url.replace(server.password, "wrong"))
-        with pytest.raises(Refused, match="TOLLWAY_REDIS_URL"):
-            await far_redis.check(wrong)
-        await wrong.aclose()
-
-
-async def test_a_cluster_node_takes_the_scripts(tmp_path: Path) -> None:
-    """A node in cluster mode accepts keys that a script builds with its lane's tag: one slot a lane."""
-    port = free_port()
-    words = f"--port {port} --bind 127.0.0.1 --cluster-enabled yes --dir {tmp_path} --save '' --appendonly no"
-    process = subprocess.Popen([binary(), *words.replace("''", "").split()], stdout=subprocess.DEVNULL)
-    try:
-        client = far_redis.connect(f"redis://127.0.0.1:{port}/0")
-        await until_answers(client)
-        await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-        await until_answers(client, b"cluster_state:ok")
-        await fly(client, [REWRITE_BEGIN.call(NUMBER, EPOCH, 0)])
-        body = msgpack.packb([[], [[NOW_S, "acme~acct", "calls h:0 u", "1"]], [["acme", "v", "1"]], ["h1"]])
-        reply = await fly(client, [APPLY.call(NUMBER, EPOCH, 1, "t", 0, "", "", NOW_MS, body), SWEEP.call(NUMBER, 9)])
-        assert reply[0][0] == b"OK"
-        assert await client.hget(f"{TAG}s:acme~acct", "calls h:0 u") == b"1"
-        await client.aclose()
-    finally:
-        process.kill()
-        process.wait()
-
-
-async def until_answers(client: Any, words: bytes = b"") -> None:
-    import asyncio
-    import time
-
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            if words in await client.execute_command("CLUSTER", "INFO"):
-                return
-        except redis.RedisError:
-            pass
-        assert time.monotonic() < deadline, "the node did not answer"
-        await asyncio.sleep(0.02)
-
-
-async def test_read_quota_tells_used_held_and_limit(far: Any, client: Any) -> None:
-    """What the CLI shows: per scope, meter, window and start what is used, held and allowed, and the lane's state."""
-    number = lane("acme")
-    empty = await far_redis.read_quota(far, "acme")
-    assert (empty["state"], empty["staleness_ms"], empty["totals"]) == ("COLD", None, [])
-    await fly(far, [REWRITE_BEGIN.call(number, EPOCH, 7)])
-    policy = ["acme", "v", "3", "user|calls|h", "10", "user:u2|calls|h", str(BIG)]
-    totals = [["acme~user:u1", f"calls h:{NOW_S} u", "4"], ["acme~user:u2", f"calls h:{NOW_S} u", str(BIG)]]
-    body = msgpack.packb([[*totals, ["acme2~acct", "calls L:0 u", "1"]], [], [policy], []])
-    await fly(far, [APPLY.call(number, EPOCH, 7, "t", 0, "", "", NOW_MS, body)])
-    client.hset(f"{tag(number)}s:acme~user:u1", f"calls h:{NOW_S} h", "2")
-    found = await far_redis.read_quota(far, "acme")
-    assert (found["lane"], found["state"], found["offset"], found["log_time_ms"]) == (number, "COLD", 7, NOW_MS)
-    assert found["policy"] == {"v": "3"}
-    rows = [(row["scope"], row["start"], row["used"], row["held"], row["limit"]) for row in found["totals"]]
-    assert rows == [("user:u1", NOW_S, 4, 2, 10), ("user:u2", NOW_S, BIG, 0, BIG)]
