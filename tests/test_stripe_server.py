@@ -1,16 +1,9 @@
-"""The Stripe stand-in refuses what Stripe refuses and forgets nothing; the port says rightly what happened."""
+"""The Stripe stand-in refuses what Stripe refuses, and forgets nothing."""
 
 import asyncio
-import itertools
-import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,26 +11,13 @@ from typing import Any
 import pytest
 import stripe
 
-from tests.stripe_standin import T0, Standin
+from tests.stripe_standin import T0, Billed, Standin, customer_of, kind, number, post
 from tollway.connectors.embedded.process import free_port, poll
 from tollway.connectors.embedded.stripe_server import MODULE
-from tollway.connectors.errors import Invalid, Refused, Unavailable
-from tollway.connectors.stripe import (
-    Delivered,
-    Duplicate,
-    Meter,
-    Outcome,
-    Rejected,
-    Retry,
-    StripePort,
-    Unknown,
-    meter_fault,
-    whole,
-)
+from tollway.connectors.errors import Refused, Unavailable
+from tollway.connectors.stripe import Delivered, Duplicate, StripePort
 
 DAY_S = 86_400
-STRIPE_MOCK = "github.com/stripe/stripe-mock@v0.203.0"
-numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +35,9 @@ def standin(running: Standin) -> Iterator[Standin]:
 
 
 @pytest.fixture
-async def port(standin: Standin) -> AsyncIterator[StripePort]:
-    made = StripePort(standin.key, standin.url, timeout_s=5)
-    yield made
-    await made.close()
+async def billed(standin: Standin) -> AsyncIterator[Billed]:
+    async with customer_of(standin) as made:
+        yield made
 
 
 @pytest.fixture
@@ -67,30 +46,6 @@ async def client(standin: Standin) -> AsyncIterator[stripe.StripeClient]:
     http = stripe.AIOHTTPClient()
     yield stripe.StripeClient(standin.key, base_addresses={"api": standin.url}, http_client=http)
     await http.close_async()
-
-
-class Billed:
-    """A customer and a meter of its own, and short ways to send to them."""
-
-    def __init__(self, port: StripePort, customer: str, event_name: str) -> None:
-        self.port, self.customer, self.event_name = port, customer, event_name
-
-    async def send(self, identifier: str, units: int = 1, at_s: int = T0) -> Outcome:
-        return await self.port.send(f"{self.customer}-{identifier}", self.event_name, self.customer, units, at_s)
-
-    async def hour(self, start_s: int = T0) -> int:
-        return await self.port.summary(self.event_name, self.customer, start_s // 3600 * 3600)
-
-
-@pytest.fixture
-async def billed(port: StripePort) -> Billed:
-    name = f"meter_{next(numbers)}"
-    await port.ensure_meter(name)
-    return Billed(port, await port.ensure_customer(name), name)
-
-
-def kind(outcome: Outcome) -> str:
-    return type(outcome).__name__
 
 
 async def test_units_arrive_once_and_are_in_their_hour(standin: Standin, billed: Billed) -> None:
@@ -146,8 +101,8 @@ async def test_unknown_customers_and_meters_are_accepted_reported_and_not_counte
     standin: Standin, billed: Billed
 ) -> None:
     """As at Stripe, these are found out later: the answer is 200, an error report follows, no summary has the units."""
-    strangers = Billed(billed.port, f"cus_nobody_{next(numbers)}", billed.event_name)
-    nameless = Billed(billed.port, billed.customer, f"no_meter_{next(numbers)}")
+    strangers = Billed(billed.port, f"cus_nobody_{number()}", billed.event_name)
+    nameless = Billed(billed.port, billed.customer, f"no_meter_{number()}")
     assert [await strangers.send("a"), await nameless.send("b")] == [Delivered(), Delivered()]
     reports = {report["identifier"]: report["error"] for report in standin.admin("error_reports")["data"]}
     assert reports[f"{strangers.customer}-a"] == "meter_event_customer_not_found"
@@ -157,7 +112,7 @@ async def test_unknown_customers_and_meters_are_accepted_reported_and_not_counte
 
 async def test_one_call_at_a_time_for_each_customer_and_meter(standin: Standin, billed: Billed) -> None:
     """Of two calls at once for one pair one is told to come back; another customer is served meanwhile."""
-    other = Billed(billed.port, f"cus_other_{next(numbers)}", billed.event_name)
+    other = Billed(billed.port, f"cus_other_{number()}", billed.event_name)
     standin.admin("settings", {"latency_ms": 300})
     outcomes = await asyncio.gather(billed.send("a"), billed.send("b"), other.send("c"))
     assert sorted(map(kind, outcomes[:2])) == ["Delivered", "Retry"]
@@ -167,8 +122,8 @@ async def test_one_call_at_a_time_for_each_customer_and_meter(standin: Standin, 
 
 def test_an_idempotency_key_answers_twice_and_acts_once(standin: Standin) -> None:
     """The same key and parameters get the first answer again; other parameters are an idempotency error."""
-    key = {"Idempotency-Key": f"k{next(numbers)}"}
-    customer = f"cus_{next(numbers)}"
+    key = {"Idempotency-Key": f"k{number()}"}
+    customer = f"cus_{number()}"
     fields = {"event_name": "any", "payload[stripe_customer_id]": customer, "payload[value]": "3"}
     first = post(standin, "/v1/billing/meter_events", fields, key)
     second = post(standin, "/v1/billing/meter_events", fields, key)
@@ -180,44 +135,6 @@ def test_an_idempotency_key_answers_twice_and_acts_once(standin: Standin) -> Non
     assert [event["value"] for event in standin.events(customer)] == ["3"]
     standin.advance(DAY_S)
     assert post(standin, "/v1/billing/meter_events", fields, key)[2].get("Idempotent-Replayed") is None
-
-
-async def test_a_wrong_key_is_told_so_and_nothing_is_taken(standin: Standin, billed: Billed) -> None:
-    """Without the right key nothing happens: sending waits for a better key, reading refuses with the cure."""
-    wrong = StripePort("sk_test_wrong", standin.url)
-    outcome = await wrong.send("x", billed.event_name, billed.customer, 1, T0)
-    assert isinstance(outcome, Retry)
-    assert "401" in outcome.reason
-    with pytest.raises(Refused, match="set one that may"):
-        await wrong.meters()
-    await wrong.close()
-    assert standin.events(billed.customer) == []
-    assert post(standin, "/v1/customers", {}, {"Authorization": ""})[0] == 401
-
-
-@pytest.mark.parametrize(
-    ("fault", "outcome", "accepted"),
-    [
-        ("500", "Unknown", 0),
-        ("429", "Retry", 0),
-        ("drop", "Unknown", 0),
-        ("hang", "Unknown", 0),
-        ("accept_500", "Unknown", 1),
-        ("accept_drop", "Unknown", 1),
-        ("accept_hang", "Unknown", 1),
-    ],
-)
-async def test_what_a_caller_cannot_know_is_called_unknown(
-    standin: Standin, billed: Billed, fault: str, outcome: str, accepted: int
-) -> None:
-    """Whether it was accepted or not, an unanswered call has one outcome; the next try tells the two apart."""
-    impatient = Billed(StripePort(standin.key, standin.url, timeout_s=1), billed.customer, billed.event_name)
-    standin.fault(fault)
-    assert kind(await impatient.send("a")) == outcome
-    assert len(standin.events(billed.customer)) == accepted
-    assert kind(await impatient.send("a")) == ("Duplicate" if accepted else "Delivered")
-    assert len(standin.events(billed.customer)) == 1
-    await impatient.port.close()
 
 
 async def test_while_away_nothing_is_answered(standin: Standin, billed: Billed) -> None:
@@ -249,23 +166,13 @@ async def test_summaries_come_late_and_on_their_grid(standin: Standin, billed: B
         await billed.port.summary(billed.event_name, billed.customer, now_s + 60)
 
 
-async def test_more_hours_than_a_page_are_all_listed(standin: Standin, billed: Billed) -> None:
-    """Lists are read to their last page."""
-    now_s = standin.now_s() // 3600 * 3600
-    hours = [now_s - 3600 * back for back in range(130)]
-    for hour_s in hours:
-        await billed.send(str(hour_s), 1, hour_s)
-    found = await billed.port.summaries(billed.event_name, billed.customer, hours[-1], now_s + 3600)
-    assert found == dict.fromkeys(hours, 1)
-
-
 async def test_meters_aggregate_by_their_formula(standin: Standin, client: stripe.StripeClient) -> None:
     """count, last and pre-aggregated windows give other numbers than the sum of what was sent: why they are refused."""
     customer = await client.v1.customers.create_async({"name": "formulas"})
     now_s = standin.now_s() // 3600 * 3600
     found = {}
     for formula, window in (("sum", None), ("count", None), ("last", None), ("sum", "hour")):
-        name = f"{formula}_{window}_{next(numbers)}"
+        name = f"{formula}_{window}_{number()}"
         params: dict[str, Any] = {"display_name": name, "event_name": name, "default_aggregation": {"formula": formula}}
         meter = await client.v1.billing.meters.create_async(
             {**params, **({"event_time_window": window} if window else {})}
@@ -283,7 +190,7 @@ async def test_meters_aggregate_by_their_formula(standin: Standin, client: strip
 
 async def test_meters_are_made_once_renamed_and_retired(standin: Standin, client: stripe.StripeClient) -> None:
     """One active meter an event name; a name can change, a retired meter takes no events, and can come back."""
-    name = f"life_{next(numbers)}"
+    name = f"life_{number()}"
     params: dict[str, Any] = {"display_name": "A", "event_name": name, "default_aggregation": {"formula": "sum"}}
     meter = await client.v1.billing.meters.create_async(params)
     with pytest.raises(stripe.InvalidRequestError, match="already an active meter"):
@@ -317,15 +224,6 @@ async def test_an_event_can_be_cancelled_within_24_hours(
     assert await billed.hour(now_s) == 7
 
 
-async def test_meters_and_customers_are_made_only_once(standin: Standin, port: StripePort) -> None:
-    """`ensure_…` finds what is there, also after a restart of the caller."""
-    name = f"ensured_{next(numbers)}"
-    meter, customer = await port.ensure_meter(name), await port.ensure_customer(name)
-    later = StripePort(standin.key, standin.url)
-    assert (await later.ensure_meter(name), await later.ensure_customer(name)) == (meter, customer)
-    await later.close()
-
-
 async def test_what_was_answered_survives_kill_9(tmp_path: Path) -> None:
     """Killed while sixteen callers send, it has every delivered event afterwards, its clock, its meters and settings."""
     with Standin(tmp_path) as server:
@@ -338,8 +236,8 @@ async def test_what_was_answered_survives_kill_9(tmp_path: Path) -> None:
         enough = asyncio.Event()
 
         async def caller(name: int) -> None:
-            for number in range(1_000):
-                identifier = f"{name}-{number}"
+            for count in range(1_000):
+                identifier = f"{name}-{count}"
                 # A pair of its own for each caller; the first has a customer that exists.
                 outcome = await port.send(identifier, "m", customer if name == 0 else f"cus_{name}", 1, T0)
                 if outcome != Delivered():
@@ -407,138 +305,5 @@ def test_a_port_or_folder_in_use_is_one_clear_sentence(standin: Standin, tmp_pat
     assert re.fullmatch(rf"port {standin.port} cannot be used .*--port\n", port.stderr)
 
 
-GOOD = Meter("mtr_1", "calls", "sum", None, "active", False, "stripe_customer_id", "value")
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"formula": "count"}, "formula is count"),
-        ({"formula": "last"}, "formula is last"),
-        ({"event_time_window": "hour"}, "pre-aggregated by hour"),
-        ({"status": "inactive"}, "inactive: reactivate"),
-        ({"live": True}, "live meter"),
-        ({"customer_key": "user"}, "payload keys"),
-        ({"value_key": "tokens"}, "payload keys"),
-    ],
-)
-def test_a_meter_that_would_miscount_is_refused(change: dict[str, Any], fault: str) -> None:
-    """Every way in which a meter would not add up our deltas is named with its cure."""
-    assert meter_fault(GOOD, live=False) is None
-    found = meter_fault(Meter(**{**GOOD.__dict__, **change}), live=False)
-    assert found is not None
-    assert fault in found
-
-
-async def test_the_start_check_reads_the_meters_that_are_there(port: StripePort, billed: Billed) -> None:
-    """Declared meters pass; one that is not there, or of the other mode, is refused by name."""
-    await port.check_meters([billed.event_name], live=False)
-    with pytest.raises(Refused, match="Stripe's meter absent: it is not there"):
-        await port.check_meters([billed.event_name, "absent"], live=False)
-    with pytest.raises(Refused, match=f"{billed.event_name}: it is a test meter"):
-        await port.check_meters([billed.event_name], live=True)
-
-
-def test_a_summary_is_a_whole_number_or_refused() -> None:
-    """Stripe's doubles become exact whole numbers up to 2**53; anything else is refused, never rounded."""
-    assert [whole(5.0), whole(999_999_999_999_999.0), whole(-3.0)] == [5, 999_999_999_999_999, -3]
-    for wrong in (0.5, 2.0**53, float("1e300")):
-        with pytest.raises(Invalid):
-            whole(wrong)
-
-
-@pytest.fixture(scope="module")
-def stripe_mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Stripe's own mock, which checks requests against Stripe's published schema. Skipped where it cannot be had."""
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip("no Go toolchain in PATH: stripe-mock cannot be built")
-    folder = tmp_path_factory.mktemp("stripe-mock")
-    built = subprocess.run(
-        [go, "install", STRIPE_MOCK],
-        env={**os.environ, "GOBIN": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if built.returncode:
-        pytest.skip(f"{STRIPE_MOCK} cannot be had: {built.stderr.strip().splitlines()[-1]}")
-    port = free_port()
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([folder / "stripe-mock", "-http-port", str(port)], stdout=log, stderr=log)
-    try:
-        for _ in poll(20):
-            if answers(port):
-                break
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-async def test_every_request_has_the_shape_that_stripe_publishes(stripe_mock: str) -> None:
-    """Stripe's own schema takes all that the port sends, and refuses what has one field too many."""
-    port = StripePort("sk_test_123", stripe_mock)
-    assert await port.send("i", "calls", "cus_1", 5, T0) == Delivered()
-    meters = await port.meters()
-    (name,) = meters
-    assert await port.ensure_meter(f"{name}_new")
-    assert await port.ensure_customer("a1")
-    assert isinstance(await port.summaries(name, "cus_1", T0, T0 + 3600), dict)
-    await port.close()
-    http = stripe.AIOHTTPClient()
-    client = stripe.StripeClient("sk_test_123", base_addresses={"api": stripe_mock}, http_client=http)
-    event = {"event_name": "calls", "payload": {"value": "1"}, "colour": "red"}
-    with pytest.raises(stripe.InvalidRequestError, match="additional properties"):
-        await client.v1.billing.meter_events.create_async(event)
-    await http.close_async()
-
-
-def test_every_outcome_of_the_sdk_has_its_meaning() -> None:
-    """Only what Stripe surely refused is rejected, only what it surely has not is retried; the rest is unknown."""
-    from tollway.connectors.stripe import outcome
-
-    assert outcome(stripe.RateLimitError("slow", headers={"Retry-After": "7"})) == Retry(7, "RateLimitError: slow")
-    cases: list[tuple[Exception, type]] = [
-        (stripe.RateLimitError("slow"), Retry),
-        (stripe.AuthenticationError("key"), Retry),
-        (stripe.PermissionError("key"), Retry),
-        (stripe.InvalidRequestError("An event already exists with identifier x.", None), Duplicate),
-        (stripe.InvalidRequestError("Invalid value", None), Rejected),
-        (stripe.InvalidRequestError("No such thing: An event already exists with identifier", None), Rejected),
-        (stripe.IdempotencyError("in use"), Unknown),
-        (stripe.APIError("oops"), Unknown),
-        (stripe.APIConnectionError("gone"), Unknown),
-        (TimeoutError(), Unknown),
-    ]
-    assert [type(outcome(error)) for error, _ in cases] == [expected for _, expected in cases]
-
-
-def post(
-    standin: Standin, path: str, fields: dict[str, str], headers: dict[str, str] | None = None
-) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """A bare form POST: status, body, headers."""
-    request = urllib.request.Request(
-        standin.url + path,
-        urllib.parse.urlencode(fields).encode(),
-        {"Authorization": f"Bearer {standin.key}", **(headers or {})},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status, json.load(answer), dict(answer.headers)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error), dict(error.headers)
-
-
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", MODULE, *arguments], capture_output=True, text=True, timeout=30)
-
-
-def answers(port: int) -> bool:
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True

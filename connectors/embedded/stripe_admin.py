@@ -12,8 +12,8 @@ EVENT_FIELDS = ("identifier", "customer", "event_name", "value", "timestamp", "r
 FAULTS_MAX = 1_000
 
 
-def admin_routes(server: Server) -> Iterable[web.RouteDef]:
-    """GET health, _admin/events, error_reports, counters, clock; POST _admin/clock, faults, away, settings; DELETE faults."""
+def look_routes(server: Server) -> Iterable[web.RouteDef]:
+    """GET health, _admin/events, error_reports, counters, clock."""
 
     async def health(_: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "now_s": server.clock.now_s()})
@@ -31,7 +31,19 @@ def admin_routes(server: Server) -> Iterable[web.RouteDef]:
         return web.json_response(dict(server.counters))
 
     async def clock(_: web.Request) -> web.Response:
-        return web.json_response({"now_s": server.clock.now_s(), "rate": server.clock.entry["rate"]})
+        return web.json_response(_clock(server))
+
+    return [
+        web.get("/health", health),
+        web.get("/_admin/events", events),
+        web.get("/_admin/error_reports", error_reports),
+        web.get("/_admin/counters", counters),
+        web.get("/_admin/clock", clock),
+    ]
+
+
+def order_routes(server: Server) -> Iterable[web.RouteDef]:
+    """POST _admin/clock, faults, away, settings; DELETE _admin/faults."""
 
     async def set_clock(request: web.Request) -> web.Response:
         body = await _body(request, "set_s", "advance_s", "rate")
@@ -40,7 +52,7 @@ def admin_routes(server: Server) -> Iterable[web.RouteDef]:
             at_s = server.clock.now_s() + body["advance_s"]
         server.record(server.clock.moved(at_s, body.get("rate")))
         await server.durable()
-        return await clock(request)
+        return web.json_response(_clock(server))
 
     async def add_fault(request: web.Request) -> web.Response:
         body = await _body(request, "fault", "count", "path", "method")
@@ -68,17 +80,16 @@ def admin_routes(server: Server) -> Iterable[web.RouteDef]:
         return web.json_response(server.settings)
 
     return [
-        web.get("/health", health),
-        web.get("/_admin/events", events),
-        web.get("/_admin/error_reports", error_reports),
-        web.get("/_admin/counters", counters),
-        web.get("/_admin/clock", clock),
         web.post("/_admin/clock", set_clock),
         web.post("/_admin/faults", add_fault),
         web.delete("/_admin/faults", clear_faults),
         web.post("/_admin/away", away),
         web.post("/_admin/settings", settings),
     ]
+
+
+def _clock(server: Server) -> dict[str, Any]:
+    return {"now_s": server.clock.now_s(), "rate": server.clock.entry["rate"]}
 
 
 async def _body(request: web.Request, *names: str) -> dict[str, Any]:

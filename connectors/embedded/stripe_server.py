@@ -16,7 +16,7 @@ from aiohttp import web
 
 from tollway.connectors.embedded.part import Part
 from tollway.connectors.embedded.process import LOOPBACK, Child, free_port, write_atomically
-from tollway.connectors.embedded.stripe_admin import admin_routes
+from tollway.connectors.embedded.stripe_admin import look_routes, order_routes
 from tollway.connectors.embedded.stripe_http import Server, api_routes
 from tollway.connectors.embedded.stripe_journal import Journal
 from tollway.connectors.errors import Fatal, TollwayError
@@ -72,7 +72,7 @@ async def serve(port: int, folder: Path, clock_rate: float | None) -> None:
     if server.clock.entry["machine_s"] == 0 or clock_rate is not None:
         server.record(server.clock.moved(rate=clock_rate))
     app = web.Application(middlewares=[server.guard])
-    app.add_routes([*api_routes(server), *admin_routes(server)])
+    app.add_routes([*api_routes(server), *look_routes(server), *order_routes(server)])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S)
     await runner.setup()
     stop = asyncio.Event()
