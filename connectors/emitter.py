@@ -11,7 +11,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,11 +19,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from tollway.connectors.acknowledged import Acknowledged
+from tollway.connectors.emitter_options import SPOOL_EVENTS_MAX, Limits, check_security, spool_folder, unwritable
 from tollway.connectors.errors import Refused
 from tollway.connectors.event import complete
-from tollway.connectors.frame import FRAME_BYTES_MAX, pack
-from tollway.connectors.outbox import AHEAD_BYTES, Outbox
-from tollway.connectors.spool import SEGMENT_BYTES, Spool
+from tollway.connectors.frame import pack
+from tollway.connectors.outbox import Outbox
+from tollway.connectors.spool import Spool
 from tollway.connectors.tally import Tally
 from tollway.schemas import encoder
 from tollway.schemas.ids import uuid7_hex
@@ -36,16 +37,6 @@ if TYPE_CHECKING:
 
 SOURCE_S = 86_400
 """A source is minted anew after this; the fold forgets it 5 days after its birth."""
-SPOOL_BYTES_MAX = 1 << 30
-SPOOL_EVENTS_MAX = 5_000_000
-MEMORY_BYTES_MAX = 64 << 20
-EVENTS_MIN = 8
-EVENT_BYTES_TYPICAL = 400
-SECURITY = (
-    "client_id", "security_protocol", "ssl_context", "sasl_mechanism", "sasl_plain_username", "sasl_plain_password",
-    "sasl_kerberos_service_name", "sasl_kerberos_domain_name", "sasl_oauth_token_provider",
-)  # fmt: skip
-"""Arguments that go to aiokafka as they are."""
 CLOSE_DEADLINE_S = 10.0
 """Of a context manager's end: what is not acknowledged by then stays for the successor."""
 _RETRY_US = 1_000_000
@@ -86,21 +77,17 @@ class Emitter:
         security: aiokafka's arguments named in SECURITY.
         Raises Refused where the folder cannot be written or an argument is out of range.
         """
-        self._bytes_max = spool_bytes_max or (SPOOL_BYTES_MAX if durability == "disk" else MEMORY_BYTES_MAX)
-        self._events_max = spool_events_max
-        _check(durability, when_full, self._bytes_max, spool_events_max, fsync_interval_s, security)
-        self._drop_oldest = when_full == "drop_oldest"
-        self._bootstrap, self._topic, self._security = bootstrap, topic, security
-        self._fsync_interval_s, self._clock_us = fsync_interval_s, clock_us
-        self._root = _folder(spool_dir) if durability == "disk" else None
+        check_security(security)
+        self._limits = Limits(durability, spool_bytes_max, spool_events_max, when_full, fsync_interval_s)
+        self._bootstrap, self._topic, self._security, self._clock_us = bootstrap, topic, security, clock_us
+        self._root = spool_folder(spool_dir) if durability == "disk" else None
         self._autostart = False
         self._new_process()
-        try:
-            with self._lock:
-                self._new_life(clock_us())
-        except OSError as error:
-            raise _unwritable(self._root, error) from error
         _emitters.add(self)
+        try:
+            self._new_life(clock_us())
+        except OSError as error:
+            raise unwritable(self._root, error) from error
 
     def _new_process(self) -> None:
         """Nothing of the parent's."""
@@ -109,7 +96,7 @@ class Emitter:
         self._life: Spool | None = None
         self._life_ends_us = self._retry_us = 0
         self._tally, self._acknowledged = Tally(), Acknowledged()
-        self._outbox = Outbox(min(AHEAD_BYTES, self._bytes_max // 4, self._events_max * EVENT_BYTES_TYPICAL // 4))
+        self._outbox = Outbox(self._limits.segment_bytes, self._limits.segment_events)
         self._sender: Sender | None = None
         self._closed = False
 
@@ -149,7 +136,9 @@ class Emitter:
     def _append(self, spool: Spool, frame: bytes, in_lane: int) -> bool:
         """Make room if need be, then append; what is refused is counted. Under the lock."""
         while self._is_full(spool, len(frame)):
-            if not (self._drop_oldest and any(own.drop_oldest() for own in self._spools if own.own)):
+            if not (
+                self._limits.when_full == "drop_oldest" and any(own.drop_oldest() for own in self._spools if own.own)
+            ):
                 self._tally.refused["full"] += 1
                 return False
         try:
@@ -160,11 +149,11 @@ class Emitter:
         return True
 
     def _is_full(self, spool: Spool, more: int) -> bool:
-        if self._tally.waiting >= self._events_max:
+        if self._tally.waiting >= self._limits.events_max:
             return True
         held = spool.size_bytes if len(self._spools) == 1 else sum(s.size_bytes for s in self._spools if s.own)
         others = self._sender.others_bytes if self._sender is not None else 0
-        return held + others + more > self._bytes_max
+        return held + others + more > self._limits.room_bytes
 
     def _renew(self, now_us: int) -> Spool | None:
         """A new source and spool: after a fork, and daily. None, counted, where that fails. Under the lock."""
@@ -186,14 +175,11 @@ class Emitter:
     def _new_life(self, now_us: int) -> None:
         """Raises OSError."""
         source = uuid7_hex(now_us // 1000, int.from_bytes(os.urandom(10)))
-        limits: dict[str, Any] = {
-            "segment_bytes": max(1, min(SEGMENT_BYTES, self._bytes_max // 8)),
-            "segment_events": max(1, self._events_max // 8),
-        }
+        sizes = (self._limits.segment_bytes, self._limits.segment_events)
         if self._root is None:
-            spool = Spool(source, None, self._tally, **limits)
+            spool = Spool(source, None, self._tally, sizes)
         else:
-            spool = Spool.create(self._root, source, self._tally, **limits)
+            spool = Spool.create(self._root, source, self._tally, sizes)
         if self._life is not None:
             self._life.retired = True
         self._spools.append(spool)
@@ -211,7 +197,9 @@ class Emitter:
             except RuntimeError:
                 self._start_in_thread()
             else:
-                self._task = loop.create_task(self._new_sender().run())
+                sender = self._new_sender()
+                sender.loop = loop
+                self._task = loop.create_task(sender.run())
         return _Done()
 
     def _start_in_thread(self) -> None:
@@ -232,7 +220,7 @@ class Emitter:
             self._tally,
             self._acknowledged,
             clock_us=self._clock_us,
-            fsync_interval_s=self._fsync_interval_s,
+            fsync_interval_s=self._limits.fsync_interval_s,
         )
         return self._sender
 
@@ -349,48 +337,6 @@ class _Done:
     def __await__(self) -> Generator[None, None, None]:
         return
         yield
-
-
-def default_spool_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """$TOLLWAY_SPOOL_DIR, else $XDG_STATE_HOME/tollway/spool, else ~/.local/state/tollway/spool."""
-    if given := environ.get("TOLLWAY_SPOOL_DIR"):
-        return Path(given)
-    state = environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "tollway" / "spool"
-
-
-def _folder(spool_dir: str | Path | None) -> Path:
-    root = Path(spool_dir) if spool_dir is not None else default_spool_dir()
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    return root
-
-
-def _unwritable(root: Path | None, error: OSError) -> Refused:
-    return Refused(f"spool_dir is {str(root)!r}: {error.strerror or error}; give a folder that can be written")
-
-
-def _check(
-    durability: str, when_full: str, bytes_max: int, events_max: int, fsync_interval_s: float | None, security: Any
-) -> None:
-    for name, value, allowed in (
-        ("durability", durability, ("disk", "memory")),
-        ("when_full", when_full, ("refuse", "drop_oldest")),
-    ):
-        if value not in allowed:
-            raise Refused(f"{name} is {value!r}: give one of {', '.join(allowed)}")
-    for name, count, least in (
-        ("spool_bytes_max", bytes_max, FRAME_BYTES_MAX), ("spool_events_max", events_max, EVENTS_MIN)
-    ):  # fmt: skip
-        if count < least:
-            raise Refused(f"{name} is {count!r}: give at least {least}")
-    if fsync_interval_s is not None and fsync_interval_s <= 0:
-        raise Refused(f"fsync_interval_s is {fsync_interval_s!r}: give seconds above 0, or None")
-    for name in security:
-        if name not in SECURITY:
-            raise Refused(f"{name} is no argument of Emitter: aiokafka's are {', '.join(SECURITY)}")
 
 
 _emitters: "weakref.WeakSet[Emitter]" = weakref.WeakSet()

@@ -8,7 +8,7 @@ from tollway.connectors.frame import Frame
 from tollway.connectors.spool import Position, Spool
 from tollway.schemas.lane import LANES
 
-AHEAD_BYTES = 1 << 20
+AHEAD_BYTES, AHEAD_EVENTS = 1 << 20, 1 << 14
 """Taken ahead of the acknowledgements while all partitions flow."""
 HELD_BYTES_MAX = 32 << 20
 """Held in all: a partition that stands still does not stop the others until its share reaches this."""
@@ -35,8 +35,9 @@ class Batch:
 class Outbox:
     """Order holds in each lane: frames of a lane are put in order, and its partition has one batch in flight."""
 
-    def __init__(self, ahead_bytes: int = AHEAD_BYTES) -> None:
-        self._ahead_bytes = ahead_bytes
+    def __init__(self, ahead_bytes: int = AHEAD_BYTES, ahead_events: int = AHEAD_EVENTS) -> None:
+        self._ahead_bytes = min(ahead_bytes, AHEAD_BYTES)
+        self._event_bytes = -(-self._ahead_bytes // min(ahead_events, AHEAD_EVENTS))
         self.open(1, lambda: None)
 
     def open(self, partitions: int, new_builder: Callable[[], Any]) -> None:
@@ -68,15 +69,16 @@ class Outbox:
         """Whether more should be taken: what partitions without an answer hold counts only against HELD_BYTES_MAX."""
         held = stuck = 0
         for partition in self._queues.keys() | self._in_flight.keys():
-            size, batch = (
-                sum(waiting.builder.size() for waiting in self._queues[partition]),
-                self._in_flight.get(partition),
-            )
+            size, batch = sum(map(self._weigh, self._queues[partition])), self._in_flight.get(partition)
             if batch is not None:
                 size += batch.size
                 stuck += size if now_s - batch.in_flight_since_s > STUCK_S else 0
             held += size
         return held < HELD_BYTES_MAX and held - stuck < self._ahead_bytes
+
+    def _weigh(self, batch: Batch) -> int:
+        """Its bytes, or what its events weigh where events are the narrower limit."""
+        return int(max(batch.builder.size(), len(batch.marks) * self._event_bytes))
 
     def to_send(self, now_s: float, *, full_only: bool = False) -> Iterator[Batch]:
         """The next batch of each partition that has none in flight; each is in flight from here on."""
@@ -88,7 +90,7 @@ class Outbox:
                     continue
                 del filling[partition]
             batch = self._in_flight[partition] = queue.popleft()
-            batch.in_flight_since_s, batch.size = now_s, batch.builder.size()
+            batch.in_flight_since_s, batch.size = now_s, self._weigh(batch)
             yield batch
 
     def done(self, batch: Batch) -> None:

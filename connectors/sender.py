@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, ProducerClosed
+from aiokafka.errors import KafkaError, ProducerClosed, UnknownTopicOrPartitionError
 
 from tollway.connectors.acknowledged import Acknowledged
+from tollway.connectors.errors import Unavailable
 from tollway.connectors.frame import Frame
 from tollway.connectors.outbox import Batch, Outbox
 from tollway.connectors.spool import Position, Spool, adopt_dead
@@ -34,6 +35,7 @@ ADOPT_S = 30.0
 KEEP_S = 1.0
 """How often the place up to which all is acknowledged is written down."""
 CONNECT_DEADLINE_S = 30.0
+TOPIC_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 2.0
 RETRY_MS = 250
 REQUEST_TIMEOUT_MS = 30_000
@@ -71,7 +73,8 @@ class Sender:
         self.ended: Future[None] = Future()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
-        self._stopping = False
+        self._task: asyncio.Task[Any] | None = None
+        self._stopping = self._connecting = False
         self._failure: BaseException | None = None
         self._partitions = 1
         self._producer: AIOKafkaProducer | None = None
@@ -87,10 +90,16 @@ class Sender:
         """From any thread; `ended` is resolved when it has stopped. Nothing is waited for."""
         self._stopping = True
         self.wake()
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._stop_connecting)
+
+    def _stop_connecting(self) -> None:
+        if self._connecting and self._task is not None:
+            self._task.cancel()
 
     async def run(self) -> None:
         """Until `stop`, or until its loop cancels it."""
-        self.loop = asyncio.get_running_loop()
+        self.loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         tasks = [asyncio.create_task(self._every(KEEP_S, self._keep))]
         if self._root is not None:
             tasks.append(asyncio.create_task(self._every(ADOPT_S, self._adopt)))
@@ -98,6 +107,9 @@ class Sender:
                 tasks.append(asyncio.create_task(self._every(self._fsync_interval_s, self._sync)))
         try:
             await self._send_for_ever()
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
         finally:
             self.idle = False
             for task in tasks:
@@ -109,8 +121,8 @@ class Sender:
         while True:
             try:
                 await work()
-            except OSError as error:
-                self._report(f"the spool: {error}")
+            except Exception as error:
+                log.exception("the spool is not looked after: %s", error)
             await asyncio.sleep(interval_s)
 
     async def _keep(self) -> None:
@@ -138,8 +150,11 @@ class Sender:
             before = self._tally.acknowledged + self._tally.resumed
             try:
                 await self._one_producer()
-            except (KafkaError, OSError, TimeoutError, ValueError) as error:
-                self._report(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            except (Unavailable, KafkaError, OSError, TimeoutError, ValueError) as error:
+                self._report(str(error) or type(error).__name__)
+            except Exception as error:  # a sender that ends would leave the spool to fill
+                log.exception("unexpected while sending")
+                self._report(f"{type(error).__name__}: {error}")
             if self._stopping:
                 return
             progress = self._tally.acknowledged + self._tally.resumed > before
@@ -159,7 +174,7 @@ class Sender:
         self._wake.clear()
 
     async def _one_producer(self) -> None:
-        """Send with one producer until it fails. Raises KafkaError, OSError, TimeoutError, ValueError."""
+        """Send with one producer until it fails. Raises Unavailable, KafkaError, OSError, TimeoutError, ValueError."""
         producer = self._producer = AIOKafkaProducer(
             bootstrap_servers=self._bootstrap,
             enable_idempotence=True,
@@ -170,10 +185,7 @@ class Sender:
             **self._security,
         )
         try:
-            async with asyncio.timeout(CONNECT_DEADLINE_S):
-                await producer.start()
-                self._partitions = len(await producer.partitions_for(self._topic))
-            lanes.partition(0, self._partitions)  # refuses a count that would tear lanes apart
+            await self._connect(producer)
             if await self._is_open():
                 self._failure = None
                 self._outbox.open(self._partitions, producer.create_batch)
@@ -183,6 +195,23 @@ class Sender:
         finally:
             await discard(producer)
             self._producer = None
+
+    async def _connect(self, producer: AIOKafkaProducer) -> None:
+        """Raises Unavailable; ValueError for a partition count that would tear lanes apart."""
+        self._connecting = True
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE_S):
+                await producer.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise Unavailable(f"no Kafka at {self._bootstrap}: {error or 'it does not answer'}") from error
+        try:
+            async with asyncio.timeout(TOPIC_DEADLINE_S):
+                self._partitions = len(await producer.partitions_for(self._topic))
+        except (UnknownTopicOrPartitionError, TimeoutError) as error:
+            raise Unavailable(f"topic {self._topic} is not there: run `tollway topics create`") from error
+        finally:
+            self._connecting = False
+        lanes.partition(0, self._partitions)
 
     async def _is_open(self) -> bool:
         """Wait until every partition has its first record, the `log.open`: what stands before it would be refused."""

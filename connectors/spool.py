@@ -24,7 +24,7 @@ from tollway.schemas.usage import UUID_HEX
 
 SLICE_BYTES = FRAME_BYTES_MAX
 """Read at a time: one frame always fits."""
-SEGMENT_BYTES = 4 << 20
+SEGMENT_BYTES, SEGMENT_EVENTS = 4 << 20, 1 << 20
 BAD_FILES_MAX = 1_000
 """Stretches set aside; further ones are only counted."""
 HALF_MADE_S = 3_600
@@ -48,19 +48,21 @@ class Spool:
         source: str,
         folder: Path | None,
         tally: Tally,
+        sizes: tuple[int, int] = (SEGMENT_BYTES, SEGMENT_EVENTS),
         *,
         segments: list[Segment] | None = None,
         lock_fd: int = -1,
-        segment_bytes: int = SEGMENT_BYTES,
-        segment_events: int = 1 << 30,
     ) -> None:
-        """`folder` None = in memory; `segments` = those of a dead process. Raises OSError."""
+        """`folder` None = in memory; `sizes` = a segment's bytes and events; `segments` = those of a dead process.
+
+        Raises OSError.
+        """
         self.source, self.folder = source, folder
         self.own = segments is None
         self.retired = not self.own
         """Nothing more is appended: once all is sent it can go."""
         self._tally, self._lock_fd = tally, lock_fd
-        self._segment_bytes, self._segment_events = segment_bytes, segment_events
+        self._segment_bytes, self._segment_events = sizes
         self._lock = threading.Lock()  # the list of segments and the place read up to
         self._appended_bytes = sum(segment.size for segment in segments or ())
         self._freed_bytes = 0
@@ -71,7 +73,7 @@ class Spool:
         self._synced = 0
 
     @classmethod
-    def create(cls, root: Path, source: str, tally: Tally, *, segment_bytes: int, segment_events: int) -> "Spool":
+    def create(cls, root: Path, source: str, tally: Tally, sizes: tuple[int, int]) -> "Spool":
         """A new folder, locked before it gets its name: no successor ever finds it unlocked. Raises OSError."""
         half_made = root / f".{source}"
         half_made.mkdir(mode=0o700)
@@ -80,14 +82,7 @@ class Spool:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(lock_fd, b"%d\n" % os.getpid())
             half_made.rename(root / source)
-            return cls(
-                source,
-                root / source,
-                tally,
-                lock_fd=lock_fd,
-                segment_bytes=segment_bytes,
-                segment_events=segment_events,
-            )
+            return cls(source, root / source, tally, sizes, lock_fd=lock_fd)
         except BaseException:
             os.close(lock_fd)
             for folder in (half_made, root / source):

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ FRAMES = st.builds(
 
 
 def made(root: Path, tally: Tally | None = None, source: str = SOURCE, segment_bytes: int = 1_000) -> Spool:
-    return Spool.create(root, source, tally or Tally(), segment_bytes=segment_bytes, segment_events=1 << 30)
+    return Spool.create(root, source, tally or Tally(), (segment_bytes, 1 << 30))
 
 
 def frame(n: int) -> Frame:
@@ -110,7 +109,7 @@ def test_order_over_segments(tmp_path: Path) -> None:
 def test_memory_behaves_the_same(tmp_path: Path) -> None:
     """A spool in memory gives the same frames and frees what is settled."""
     tally = Tally()
-    spool = Spool(SOURCE, None, tally, segment_bytes=1_000)
+    spool = Spool(SOURCE, None, tally, (1_000, 1 << 30))
     append(spool, tally, range(500))
     assert drain(spool) == [frame(n) for n in range(500)]
     assert spool.size_bytes <= 1_000
@@ -276,7 +275,7 @@ def _hold(root: str, ready: "multiprocessing.connection.Connection") -> None:
     spool = made(Path(root))
     spool.append(pack(*frame(1)), 1)
     ready.send(spool.source)
-    time.sleep(600)
+    ready.recv()  # never comes: it ends by kill -9
 
 
 def test_a_killed_owner_lets_go(tmp_path: Path) -> None:

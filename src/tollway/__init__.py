@@ -1,1 +1,43 @@
-"""Tollway: usage metering as a fold of one log."""
+"""Tollway: usage metering as a fold of one log. The names a service needs; each is loaded when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tollway.connectors.emitter import Emitted as Emitted
+    from tollway.connectors.emitter import Emitter as Emitter
+    from tollway.connectors.errors import Fatal as Fatal
+    from tollway.connectors.errors import Invalid as Invalid
+    from tollway.connectors.errors import Refused as Refused
+    from tollway.connectors.errors import TollwayError as TollwayError
+    from tollway.connectors.errors import Unavailable as Unavailable
+    from tollway.connectors.sinks import CompositeSink as CompositeSink
+    from tollway.connectors.sinks import JsonlSink as JsonlSink
+    from tollway.connectors.sinks import KafkaSink as KafkaSink
+    from tollway.connectors.sinks import MemorySink as MemorySink
+    from tollway.connectors.sinks import Sink as Sink
+    from tollway.connectors.sinks import read_jsonl as read_jsonl
+    from tollway.schemas.usage import FieldError as FieldError
+    from tollway.schemas.usage import UsageEvent as UsageEvent
+
+_HOMES = {
+    "connectors.emitter": ("Emitted", "Emitter"),
+    "connectors.errors": ("Fatal", "Invalid", "Refused", "TollwayError", "Unavailable"),
+    "connectors.sinks": ("CompositeSink", "JsonlSink", "KafkaSink", "MemorySink", "Sink", "read_jsonl"),
+    "schemas.usage": ("FieldError", "UsageEvent"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tollway' has no attribute {name!r}")
+    value = getattr(import_module(f"tollway.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,633 @@
+"""The emitter on a real broker: what emit() returned is in the log, once per (source, lane, sequence), in order."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
+
+from tollway.connectors.acknowledged import Acknowledged
+from tollway.connectors.embedded.kafka import KafkaBroker
+from tollway.connectors.emitter import Emitted, Emitter
+from tollway.connectors.emitter_options import default_spool_dir
+from tollway.connectors.errors import Refused
+from tollway.connectors.spool import Spool
+from tollway.connectors.tally import Tally
+from tollway.schemas import codec
+from tollway.schemas.lane import LANES, lane
+from tollway.schemas.topics import USAGE
+from tollway.schemas.usage import FieldError
+
+PARTITIONS = 8
+NOWHERE = "127.0.0.1:1"
+DAY_US = 86_400_000_000
+CALL: dict[str, Any] = {
+    "surface": "mcp", "operation": "search", "account": "acme", "principal_kind": "user", "principal": "u-1",
+    "status": "ok", "latency_us": 1200, "quantities": {"tokens_out": 311},
+}  # fmt: skip
+
+
+def call(n: int) -> dict[str, Any]:
+    return CALL | {"account": f"acct-{n % 40}", "latency_us": n}
+
+
+async def eventually(holds: Callable[[], bool], deadline_s: float = 30.0) -> None:
+    """Wait for a condition; fail at the deadline."""
+    async with asyncio.timeout(deadline_s):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+class Log:
+    """A topic of its own, read by confluent-kafka and decoded by fastavro."""
+
+    def __init__(self, bootstrap: str, opened: bool = True) -> None:
+        self.bootstrap, self.name = bootstrap, f"usage-{uuid.uuid4().hex}"
+        self.admin = AdminClient({"bootstrap.servers": bootstrap})
+        self.create()
+        if opened:
+            self.open(range(PARTITIONS))
+
+    def create(self) -> None:
+        self.admin.create_topics([NewTopic(self.name, PARTITIONS, 1, config=USAGE.settings)])[self.name].result(30)
+
+    def open(self, partitions: range) -> None:
+        producer = Producer({"bootstrap.servers": self.bootstrap})
+        for partition in partitions:
+            producer.produce(self.name, key=b"*", value=b"", partition=partition)
+        assert producer.flush(30) == 0
+
+    def configure(self, name: str, value: str) -> None:
+        entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+        resource = ConfigResource(ResourceType.TOPIC, self.name, incremental_configs=[entry])
+        self.admin.incremental_alter_configs([resource])[resource].result(30)
+
+    def read(self) -> list[tuple[int, int, dict[str, Any]]]:
+        """(partition, offset, event) of all that is there."""
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "none", "enable.auto.commit": False})
+        places = [TopicPartition(self.name, partition, 0) for partition in range(PARTITIONS)]
+        found = []
+        try:
+            left = {place.partition: consumer.get_watermark_offsets(place, timeout=30)[1] for place in places}
+            consumer.assign(places)
+            while any(left.values()):
+                message = consumer.poll(30)
+                assert message is not None, f"these partitions could not be read to their ends: {left}"
+                assert message.error() is None
+                partition, offset, value = message.partition(), message.offset(), message.value()
+                if offset + 1 == left[partition]:
+                    left[partition] = 0
+                if value:
+                    event = codec.decode(value)[1]
+                    assert message.key() == event["account"].encode()
+                    found.append((partition, offset, event))
+        finally:
+            consumer.close()
+        return sorted(found, key=lambda record: record[:2])
+
+    def identities(self) -> list[Emitted]:
+        """In the order of their offsets, partition by partition."""
+        return [identity(event) for _, _, event in self.read()]
+
+
+def identity(event: dict[str, Any]) -> Emitted:
+    return Emitted(event["source"], lane(event["account"]), event["sequence"])
+
+
+def in_order(identities: list[Emitted]) -> bool:
+    """First appearances of every (source, lane) ascend."""
+    last: dict[tuple[str, int], int] = defaultdict(int)
+    seen: set[Emitted] = set()
+    for one in identities:
+        if one not in seen:
+            if one.sequence < last[one[:2]]:
+                return False
+            last[one[:2]] = one.sequence
+            seen.add(one)
+    return True
+
+
+@pytest.fixture
+def log(kafka: str) -> Log:
+    return Log(kafka)
+
+
+def emitter_to(log: Log, spool_dir: Path, **options: Any) -> Emitter:
+    return Emitter(log.bootstrap, topic=log.name, spool_dir=spool_dir, **options)
+
+
+async def test_what_is_emitted_is_in_the_log(log: Log, tmp_path: Path) -> None:
+    """Every event arrives once, as it was given, on its lane's partition, in order, at the offset that `acknowledged` says."""
+    async with emitter_to(log, tmp_path) as emitter:
+        emitted = [emitter.emit(**call(n)) for n in range(3000)]
+        assert await emitter.flush(30) == {}
+        offsets = {one: emitter.acknowledged(*one) for one in emitted if one is not None}
+        assert emitter.counters["acknowledged"] == emitter.counters["emitted"] == 3000
+    records = log.read()
+    assert [identity(event) for _, _, event in records] == sorted(
+        offsets, key=lambda one: (one.lane % PARTITIONS, offsets[one])
+    )
+    assert in_order(log.identities())
+    for partition, offset, event in records:
+        assert partition == lane(event["account"]) % PARTITIONS
+        assert offsets[identity(event)] == offset
+        assert {name: event[name] for name in CALL if name != "quantities"} == call(event["latency_us"]) | {
+            "quantities": ...
+        } or (event["quantities"] == {"calls": 1, "tokens_out": 311})
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_sequences_have_no_gaps(tmp_path: Path) -> None:
+    """Per lane the sequence is 1, 2, 3 …: neither refused content nor a refused append uses one up."""
+    emitter = Emitter(NOWHERE, spool_dir=tmp_path, spool_events_max=60)
+    sequences = defaultdict(list)
+    for n in range(100):
+        with pytest.raises(FieldError, match="latency_us is -5"):
+            emitter.emit(**call(n) | {"latency_us": -5})
+        emitted = emitter.emit(**call(n))
+        if emitted is not None:
+            sequences[emitted.lane].append(emitted.sequence)
+    assert sum(map(len, sequences.values())) == 60
+    assert all(found == [*range(1, len(found) + 1)] for found in sequences.values())
+    assert emitter.counters["refused"] == {"full": 40}
+    await emitter.close(0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "0" * 32}, "source is '0+': the emitter sets it"),
+        ({"sequence": 1}, "sequence is 1: the emitter sets it"),
+        ({"colour": "red"}, "colour is 'red': fields are event_id, "),
+        ({"account": None}, "account is None: it is required"),
+        ({"account": "ä"}, "account is 'ä': ids match"),
+        ({"account": 7}, "account is 7: ids match"),
+        ({"quantities": {"calls": 10**13}}, "quantities.calls is 10000000000000: give a whole number from 0 to"),
+        ({"quantities": 5}, "quantities is 5: give a map"),
+    ],
+)
+async def test_invalid_content_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    """What no one could bill is refused at once, naming field, value and bound, and nothing is spooled."""
+    emitter = Emitter(NOWHERE, spool_dir=tmp_path)
+    with pytest.raises(FieldError, match=message):
+        emitter.emit(**CALL | fields)
+    assert emitter.counters["spooled_bytes"] == 0
+    await emitter.close(0)
+
+
+def test_threads(log: Log, tmp_path: Path) -> None:
+    """Eight threads emit at once, the sender in a thread of its own: all arrive, no sequence twice, none left out."""
+    returned: list[Emitted | None] = []
+
+    def work(first: int) -> None:
+        returned.extend([emitter.emit(**call(n)) for n in range(first, first + 400)])
+
+    with emitter_to(log, tmp_path) as emitter:
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(0, 3200, 400)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert emitter.flush_sync(30) == {}
+    assert len(set(returned)) == 3200
+    assert sorted(log.identities()) == sorted(filter(None, returned))
+
+
+def test_fork(log: Log, tmp_path: Path) -> None:
+    """A forked child gets its own source and spool, sends by itself, and neither loses nor repeats what the parent has."""
+    with emitter_to(log, tmp_path) as emitter:
+        before = [emitter.emit(**call(n)) for n in range(100)]
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                mine = [emitter.emit(**call(n)) for n in range(100)]
+                left = emitter.close_sync(30)
+                os.write(write_end, json.dumps([left, emitter.counters["emitted"], mine[0]]).encode())
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        after = [emitter.emit(**call(n)) for n in range(100)]
+        assert os.waitpid(pid, 0)[1] == 0
+        with os.fdopen(read_end) as pipe:
+            left, emitted, child_first = json.load(pipe)
+        assert (left, emitted) == ({}, 100)
+        assert emitter.flush_sync(30) == {}
+        own = {one for one in before + after if one is not None}
+        assert child_first[0] not in {one.source for one in own}
+    found = log.identities()
+    assert len(found) == len(set(found)) == 300
+    assert {one for one in found if one.source != child_first[0]} == own
+    assert list(tmp_path.iterdir()) == []
+
+
+EMIT_FOR_EVER = """
+import asyncio, json, os, sys
+from tollway.connectors.emitter import Emitter
+bootstrap, topic, spool, journal, call = sys.argv[1:]
+call = json.loads(call)
+async def main():
+    fd = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    emitter = Emitter(bootstrap, topic=topic, spool_dir=spool)
+    await emitter.start()
+    n = 0
+    while True:
+        for _ in range(50):
+            n += 1
+            one = emitter.emit(**call | {"account": f"acct-{n % 40}"})
+            os.write(fd, json.dumps(one).encode() + b"\\n")
+        await asyncio.sleep(0.001)
+asyncio.run(main())
+"""
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+async def test_kill_9_loses_nothing_that_was_returned(log: Log, tmp_path: Path) -> None:
+    """Emitting processes are killed with -9 at different moments; a successor delivers every event whose emit() had returned."""
+    spool = tmp_path / "spool"
+    returned: set[Emitted] = set()
+    for number, lines in enumerate((1, 700, 9000)):
+        journal = tmp_path / f"journal-{number}"
+        arguments = (log.bootstrap, log.name, str(spool), str(journal), json.dumps(CALL))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", EMIT_FOR_EVER, *arguments)
+        try:
+            await eventually(partial(has_lines, journal, lines))
+        finally:
+            process.kill()
+            await process.wait()
+        written = journal.read_bytes()
+        returned |= {Emitted(*json.loads(line)) for line in written[: written.rfind(b"\n")].split(b"\n")}
+    async with emitter_to(log, spool) as successor:
+        own = next(path for path in spool.iterdir() if path.name == successor._source)
+        await eventually(lambda: list(spool.iterdir()) == [own])
+        assert successor.counters["resumed"] > 0
+    found = log.identities()
+    assert returned <= set(found)
+    assert len(set(found) - returned) <= 3  # at most one a kill: emitted, and killed before it was written down
+    assert in_order(found)
+
+
+async def test_clean_close_leaves_the_rest_to_the_next(log: Log, tmp_path: Path) -> None:
+    """close() says what is not acknowledged and leaves it on disk; the next emitter on the folder sends it, once."""
+    emitter = Emitter(NOWHERE, topic=log.name, spool_dir=tmp_path)
+    await emitter.start()
+    emitted = [emitter.emit(**call(n)) for n in range(500)]
+    left = await emitter.close(0.1)
+    assert sum(left.values()) == 500
+    assert emitter.emit(**CALL) is None
+    assert emitter.counters["refused"] == {"closed": 1}
+    async with emitter_to(log, tmp_path) as successor:
+        await eventually(lambda: successor.counters["resumed"] == 500)
+        assert all(successor.acknowledged(*one) is not None for one in emitted if one is not None)
+    assert sorted(log.identities()) == sorted(filter(None, emitted))
+
+
+def test_the_loop_may_end_and_another_begin(log: Log, tmp_path: Path) -> None:
+    """A sender whose loop ended leaves emit() working; start() in another loop sends all that waits, in order."""
+    emitter = emitter_to(log, tmp_path)
+    emitted = []
+
+    async def emit_some(flush: bool) -> None:
+        await emitter.start()
+        emitted.extend([emitter.emit(**call(n)) for n in range(300)])
+        if flush:
+            assert await emitter.flush(30) == {}
+
+    asyncio.run(emit_some(flush=True))
+    asyncio.run(emit_some(flush=False))
+    emitted.extend([emitter.emit(**call(n)) for n in range(300)])
+    asyncio.run(emit_some(flush=True))
+    emitter.close_sync(30)
+    found = log.identities()
+    assert set(found) == set(emitted)
+    assert in_order(found)
+
+
+async def test_waiting_in_its_own_loop_is_refused(log: Log, tmp_path: Path) -> None:
+    """flush_sync() in the loop that sends would wait for itself: it is refused, naming the cure."""
+    async with emitter_to(log, tmp_path) as emitter:
+        emitter.emit(**CALL)
+        with pytest.raises(Refused, match="await flush"):
+            emitter.flush_sync(5)
+        with pytest.raises(Refused, match="await flush"):
+            emitter.close_sync(5)
+
+
+async def test_broker_away_and_back(tmp_path: Path) -> None:
+    """While the broker is killed emit() goes on and close() comes back; when it is there again all arrives, in order."""
+    broker = KafkaBroker(tmp_path / "broker")
+    try:
+        broker.start()
+        broker.wait_ready()
+        log = Log(broker.bootstrap)
+        leaving = emitter_to(log, tmp_path / "spool")
+        await leaving.start()
+        async with emitter_to(log, tmp_path / "spool") as emitter:
+            emitted = [one.emit(**call(n)) for n in range(1000) for one in (emitter, leaving)]
+            assert await emitter.flush(30) == await leaving.flush(30) == {}
+            emitted += [one.emit(**call(n)) for n in range(1000) for one in (emitter, leaving)]
+            broker.kill()
+            for n in range(1000):
+                emitted += [one.emit(**call(n)) for one in (emitter, leaving)]
+                await asyncio.sleep(0)
+            assert sum((await emitter.flush(0.2)).values()) > 0
+            async with asyncio.timeout(60):
+                assert sum((await leaving.close(0.2)).values()) > 0
+            broker.start()
+            await asyncio.to_thread(broker.wait_ready)
+            assert await emitter.flush(60) == {}
+            assert emitter.counters["refused"] == leaving.counters["refused"] == {}
+        async with emitter_to(log, tmp_path / "spool"):
+            await eventually(lambda: len(list((tmp_path / "spool").iterdir())) == 1)
+        found = log.identities()
+        assert set(found) == set(emitted)
+        assert in_order(found)
+    finally:
+        broker.kill()
+
+
+async def test_broker_away_at_the_start(tmp_path: Path) -> None:
+    """start() does not wait for a broker; flush returns at its deadline, by lane; `problem` says what is wrong."""
+    emitter = Emitter(NOWHERE, spool_dir=tmp_path)
+    await emitter.start()
+    emitted = emitter.emit(**CALL)
+    assert emitted is not None
+    assert await emitter.flush(0.2) == {emitted.lane: 1}
+    await eventually(lambda: emitter.problem is not None)
+    assert str(emitter.problem).startswith("no Kafka at 127.0.0.1:1: ")
+    assert emitter.acknowledged(*emitted) is None
+    await emitter.close(0)
+
+
+async def test_a_producer_that_fails_is_replaced(log: Log, tmp_path: Path) -> None:
+    """After an answer that aiokafka's producer cannot recover from, a new one sends the same events; none is lost, order holds."""
+    async with emitter_to(log, tmp_path) as emitter:
+        emitted = [emitter.emit(**call(n)) for n in range(200)]
+        assert await emitter.flush(30) == {}
+        await asyncio.to_thread(log.configure, "max.message.bytes", "200")
+        emitted += [emitter.emit(**call(n)) for n in range(200)]
+        await eventually(lambda: "MessageSizeTooLarge" in str(emitter.problem))
+        emitted += [emitter.emit(**call(n)) for n in range(200)]
+        await asyncio.to_thread(log.configure, "max.message.bytes", "131072")
+        assert await emitter.flush(60) == {}
+        assert emitter.problem is None
+        assert emitter.counters["acknowledged"] == 600
+        offsets = {one: emitter.acknowledged(*one) for one in emitted if one is not None}
+    found = log.identities()
+    assert set(found) == set(emitted)
+    assert in_order(found)
+    stand_at = {(identity(event), offset) for _, offset, event in log.read()}
+    assert all((one, offset) in stand_at for one, offset in offsets.items())
+
+
+async def test_nothing_is_sent_before_the_log_is_open(kafka: str, tmp_path: Path) -> None:
+    """Events wait until every partition has its first record, and are then sent behind it."""
+    log = Log(kafka, opened=False)
+    log.open(range(PARTITIONS - 1))
+    async with emitter_to(log, tmp_path) as emitter:
+        emitted = [emitter.emit(**call(n)) for n in range(100)]
+        await eventually(lambda: "is not open" in str(emitter.problem))
+        assert log.identities() == []
+        log.open(range(PARTITIONS - 1, PARTITIONS))
+        assert await emitter.flush(30) == {}
+    assert sorted(log.identities()) == sorted(filter(None, emitted))
+
+
+async def test_a_missing_topic_is_a_problem_not_an_end(kafka: str, tmp_path: Path) -> None:
+    """With the topic not there events wait; made later, they are sent."""
+    log = Log(kafka)
+    log.admin.delete_topics([log.name])[log.name].result(30)
+    async with emitter_to(log, tmp_path) as emitter:
+        emitted = emitter.emit(**CALL)
+        await eventually(lambda: emitter.problem == f"topic {log.name} is not there: run `tollway topics create`")
+        log.create()
+        log.open(range(PARTITIONS))
+        assert await emitter.flush(60) == {}
+    assert log.identities() == [emitted]
+
+
+async def test_full_refuses(tmp_path: Path) -> None:
+    """At either limit, bytes or events, with `refuse` new events are refused and counted, old ones kept, no exception."""
+    by_bytes = Emitter(NOWHERE, spool_dir=tmp_path / "a", spool_bytes_max=100_000)
+    emitted = [by_bytes.emit(**call(n)) for n in range(1000)]
+    kept = [one for one in emitted if one is not None]
+    assert kept == emitted[: len(kept)]
+    assert 0 < len(kept) < 1000
+    assert by_bytes.counters["refused"] == {"full": 1000 - len(kept)}
+    assert by_bytes.counters["spooled_bytes"] <= 100_000
+    await by_bytes.close(0)
+
+
+@pytest.mark.parametrize("limit", [{"spool_bytes_max": 100_000}, {"spool_events_max": 300}])
+async def test_full_drops_the_oldest(log: Log, tmp_path: Path, limit: dict[str, int]) -> None:
+    """With `drop_oldest` every new event is taken, the oldest are given up and counted, and the rest is sent."""
+    emitter = emitter_to(log, tmp_path, when_full="drop_oldest", **limit)
+    emitted = [emitter.emit(**call(n)) for n in range(1000)]
+    assert None not in emitted
+    counters = emitter.counters
+    assert counters["dropped"] > 0
+    assert counters["spooled_bytes"] <= 100_000
+    assert counters["waiting"] == 1000 - counters["dropped"] <= 300 or "spool_bytes_max" in limit
+    await emitter.start()
+    assert await emitter.flush(30) == {}
+    await emitter.close(10)
+    assert sorted(log.identities()) == sorted(filter(None, emitted[counters["dropped"] :]))
+
+
+async def test_another_life_in_the_folder_counts_against_its_limit(tmp_path: Path) -> None:
+    """spool_bytes_max is the folder's: what a dead process left in it takes room."""
+    first = Emitter(NOWHERE, spool_dir=tmp_path)
+    for n in range(400):
+        first.emit(**call(n))
+    await first.close(0)
+    second = Emitter(NOWHERE, spool_dir=tmp_path, spool_bytes_max=80_000)
+    await second.start()
+    await eventually(lambda: second.emit(**CALL) is None)
+    assert second.counters["refused"] == {"full": 1}
+    await second.close(0)
+
+
+FULL_DISK = """
+import asyncio, json, resource, sys
+from tollway.connectors.emitter import Emitter
+call = json.loads(sys.argv[2])
+emitter = Emitter("127.0.0.1:1", spool_dir=sys.argv[1])
+def emit(count):
+    return [emitter.emit(**call | {"account": f"acct-{n % 40}"}) for n in range(count)]
+soft = lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+soft(10_000)
+emitted = emit(200)
+soft(resource.RLIM_INFINITY)
+emitted += emit(50)
+print(json.dumps([emitted, emitter.counters]))
+sys.stdout.flush()
+"""
+
+
+def test_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
+    """Where the disk takes no more, even in the middle of a write, events are refused and counted; with room again it goes on, whole."""
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), json.dumps(CALL)], capture_output=True, text=True, check=True
+    )
+    emitted, counters = json.loads(run.stdout)
+    kept = [Emitted(*one) for one in emitted if one is not None]
+    assert counters["refused"] == {"disk": 250 - len(kept)}
+    assert None not in emitted[200:]
+    assert None in emitted[:200]
+    spool = Spool.adopt(tmp_path / kept[0].source, tally := Tally())
+    assert spool is not None
+    frames, _ = spool.take()
+    assert [(in_lane, sequence) for _, sequence, in_lane, _, _ in frames] == [one[1:] for one in kept]
+    assert (tally.torn, tally.corrupt) == (0, 0)
+    spool.abandon()
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    """File permissions bind: root gives up its rights for the while."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def test_read_only_folder(tmp_path: Path, unprivileged: None) -> None:
+    """A folder that cannot be written is refused at construction, in one sentence with the cure."""
+    if os.getuid() == 0:
+        os.seteuid(0)
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    for path in (*list(tmp_path.parents)[:2], tmp_path, folder):
+        path.chmod(0o555 if path == folder else 0o755)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    with pytest.raises(Refused, match=r"spool_dir is '.*spool': Permission denied; give a folder that can be written"):
+        Emitter(NOWHERE, spool_dir=folder)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    """A spool_dir below a file is refused likewise."""
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match=r"spool_dir is '.*file/spool': Not a directory; give a folder"):
+        Emitter(NOWHERE, spool_dir=tmp_path / "file" / "spool")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"durability": "tape"}, "durability is 'tape': give one of disk, memory"),
+        ({"when_full": "panic"}, "when_full is 'panic': give one of refuse, drop_oldest"),
+        ({"spool_bytes_max": 10}, "spool_bytes_max is 10: give at least"),
+        ({"spool_events_max": 0}, "spool_events_max is 0: give at least 8"),
+        ({"fsync_interval_s": 0}, "fsync_interval_s is 0: give seconds above 0, or None"),
+        ({"acks": 1}, "acks is no argument of Emitter"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    """Arguments out of range are refused in one sentence naming argument, value and cure."""
+    with pytest.raises(Refused, match=message):
+        Emitter(NOWHERE, spool_dir=tmp_path, **options)
+
+
+async def test_too_old_is_not_sent(log: Log, tmp_path: Path) -> None:
+    """What has waited in a spool for more than 3 days is counted, not sent; a late event that was just emitted is sent."""
+    now_us = time.time_ns() // 1000
+    old = Emitter(NOWHERE, spool_dir=tmp_path, clock_us=lambda: now_us - 3 * DAY_US - 1_000_000)
+    for n in range(100):
+        old.emit(**call(n))
+    await old.close(0)
+    young = Emitter(NOWHERE, spool_dir=tmp_path, clock_us=lambda: now_us - 2 * DAY_US)
+    emitted = [young.emit(**call(n)) for n in range(100)]
+    await young.close(0)
+    async with emitter_to(log, tmp_path) as emitter:
+        emitted.append(emitter.emit(**CALL | {"occurred_at": now_us - 20 * DAY_US}))
+        await eventually(lambda: emitter.counters["too_old"] == 100 and emitter.counters["resumed"] == 100)
+        assert await emitter.flush(30) == {}
+    assert sorted(log.identities()) == sorted(filter(None, emitted))
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_source_is_minted_anew_every_day(log: Log, tmp_path: Path) -> None:
+    """After 24 h an emitter has another source whose sequences begin at 1; both lives are sent, the old folder removed."""
+    clock_us = time.time_ns() // 1000
+    emitter = emitter_to(log, tmp_path, clock_us=lambda: clock_us)
+    first = emitter.emit(**CALL)
+    clock_us += DAY_US - 1
+    second = emitter.emit(**CALL)
+    clock_us += 1
+    third = emitter.emit(**CALL)
+    assert first is not None
+    assert third is not None
+    assert second == Emitted(first.source, first.lane, 2)
+    assert third == Emitted(third.source, first.lane, 1)
+    assert int(third.source[:12], 16) - int(first.source[:12], 16) == DAY_US // 1000
+    await emitter.start()
+    assert await emitter.flush(30) == {}
+    await eventually(lambda: [path.name for path in tmp_path.iterdir()] == [third.source])
+    await emitter.close(10)
+    assert set(log.identities()) == {first, second, third}
+
+
+async def test_memory(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """durability="memory" sends without a disk, has its limit, and writes nothing."""
+    monkeypatch.setenv("TOLLWAY_SPOOL_DIR", str(tmp_path / "never"))
+    emitter = Emitter(log.bootstrap, topic=log.name, durability="memory", spool_events_max=1000)
+    emitted = [emitter.emit(**call(n)) for n in range(1200)]
+    assert emitter.counters["refused"] == {"full": 200}
+    await emitter.start()
+    assert await emitter.flush(30) == {}
+    assert emitter.counters["spooled_bytes"] == 0
+    await emitter.close(1)
+    assert sorted(log.identities()) == sorted(filter(None, emitted))
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_fsync_interval(log: Log, tmp_path: Path) -> None:
+    """With fsync_interval_s what was appended reaches the disk without anyone asking."""
+    emitter = Emitter(NOWHERE, spool_dir=tmp_path, fsync_interval_s=0.05)
+    await emitter.start()
+    emitter.emit(**CALL)
+    segment: Any = emitter._spools[0]._segments[0]
+    await eventually(lambda: segment._synced == segment.size > 0)
+    await emitter.close(0)
+
+
+def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TOLLWAY_SPOOL_DIR, else XDG_STATE_HOME, else ~/.local/state."""
+    assert default_spool_dir({"TOLLWAY_SPOOL_DIR": "/a", "XDG_STATE_HOME": "/b"}) == Path("/a")
+    assert default_spool_dir({"XDG_STATE_HOME": "/b"}) == Path("/b/tollway/spool")
+    monkeypatch.setenv("HOME", "/home/x")
+    assert default_spool_dir({}) == Path("/home/x/.local/state/tollway/spool")
+
+
+def test_acknowledged_is_bounded() -> None:
+    """Only the newest acknowledged sequences are remembered, whole batches at a time; of others the offset is None."""
+    known = Acknowledged(remembered_max=500)
+    for batch in range(20):
+        known.remember(
+            "s",
+            batch % 4,
+            4,
+            1000 * batch,
+            [sequence * LANES + batch % 4 for sequence in range(batch * 50, batch * 50 + 50)],
+        )
+    found = {sequence: known.offset("s", sequence // 50 % 4, sequence) for sequence in range(1000)}
+    assert found == {n: None if n < 500 else n // 50 * 1000 + n % 50 for n in range(1000)}
+    assert known.offset("another", 3, 999) is None
