@@ -1,11 +1,16 @@
-"""What the commands that look print from ClickHouse."""
+"""What the commands that look print from ClickHouse: an account's usage, and the proof over the audit log."""
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
+from tollway.connectors.kafka import Admin, epoch_of, log_partitions
+from tollway.schemas.topics import USAGE
+from tollway.streams.audit_verify import verify
 from tollway.streams.looks import HOUR_S, check_account
 from tollway.streams.settings import Settings
+from tollway.streams.status import newest_checkpoints
 from tollway.streams.usage_queries import usage_report
 from tollway.streams.wiring import audit_store
 
@@ -19,3 +24,21 @@ async def usage_of(settings: Settings, account: str, hours: int) -> list[dict[st
         return await asyncio.to_thread(usage_report, store, account, now_s - hours * HOUR_S, now_s + 60)
     finally:
         store.close()
+
+
+async def verify_audit(settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The report of `audit verify` over the log that Kafka has now."""
+    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    partitions = await log_partitions(admin)
+    epoch = epoch_of(await admin.topic_id(USAGE.name))
+    found = await newest_checkpoints(settings, epoch, partitions, ["audit"])
+    chains = {number: (each.next_offset, each.state["parts"]["audit"]["chain"]) for (_, number), each in found.items()}
+    store = audit_store(settings)
+    try:
+        report = await asyncio.to_thread(verify, store, epoch, chains, partitions=partitions, progress=progress)
+    finally:
+        store.close()
+    if len(chains) < partitions:
+        missing = sorted(set(range(partitions)) - set(chains))
+        report.fault(f"partitions {missing} have no audit checkpoint in Kafka: a cut tail would not show")
+    return report.to_json()

@@ -361,7 +361,7 @@ def audit_verify(data: Data = None, as_json: Json = False) -> None:
     """Prove no gap, no double, no change in the audit log; exit 1 where the proof fails."""
     from tollway.streams.audit_looks import verify_audit
 
-    report = do(verify_audit(read_settings(data)))
+    report = do(verify_audit(read_settings(data), lambda line: print(line, file=sys.stderr)))
     say(report, as_json, lambda _: _print_report(report))
     raise typer.Exit(0 if report["ok"] else 1)
 
