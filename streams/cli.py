@@ -67,8 +67,7 @@ def table(title: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
         shown.add_column(column, justify="right" if right else "left")
     for row in rows:
         shown.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
-    console = Console()
-    console.print(shown, width=console.width if console.is_terminal else WIDTH)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(shown)
 
 
 def read_settings(data: Path | None, **more: Any) -> Settings:
