@@ -61,6 +61,15 @@ class Bench:
         consumer.close()
         return found
 
+    def append(self, made: list[tuple[bytes, bytes, int]]) -> dict[int, int]:
+        """Where they begin. Raises RuntimeError where the broker did not take all."""
+        starts = self.ends()
+        produce(self.kafka.bootstrap, PARTITIONS, made)
+        taken = sum(self.ends().values()) - sum(starts.values())
+        if taken != len(made):
+            raise RuntimeError(f"the broker took {taken} of {len(made)} events")
+        return starts
+
     def committed(self) -> dict[int, int]:
         """Offsets committed behind the newest checkpoints of our group."""
         client = AdminClient({"bootstrap.servers": self.kafka.bootstrap, "log_level": 0})
@@ -152,8 +161,7 @@ def contender(argv: list[str]) -> dict[str, float]:
 
 def one_round(bench: Bench, traffic: Traffic, events: int, quix_python: str, turn: int) -> dict[str, dict[str, float]]:
     """New events, then every contender over them, in an order that changes from round to round."""
-    starts = bench.ends()
-    produce(bench.kafka.bootstrap, PARTITIONS, traffic.events(events, 3))
+    starts = bench.append(traffic.events(events, 3))
     where = ["--bootstrap", bench.kafka.bootstrap, "--starts", json.dumps(starts)]
     folder = Path(__file__).parent
     plain = [sys.executable, str(folder / "fold_plain.py"), *where, "--redis", bench.valkey.url]
@@ -179,7 +187,7 @@ def figures(bench: Bench, events: int, rounds: int, quix_python: str) -> dict[st
     asyncio.run(bench.command([("*", "meter.add", {"meter": name, "event_name": f"bench_{name}"}) for name in meters]))
     wide = []
     for turn in range(rounds):
-        produce(bench.kafka.bootstrap, PARTITIONS, traffic.events(events // 2, 6))
+        bench.append(traffic.events(events // 2, 6))
         wide.append(Ours(bench).run())
         say(
             f"round {turn + 1}: default policy, all parts, six meters {wide[-1]['per_cpu_s']:,.0f} events per CPU second"

@@ -13,6 +13,8 @@ from tollway.schemas import codec
 from tollway.schemas.ids import uuid7_hex
 from tollway.schemas.lane import lane
 
+BATCH_BYTES = 100_000
+"""The topic takes batches of 128 KiB at most."""
 PRINCIPALS, SOURCES, ZIPF = 5_000, 20, 1.05
 QUANTITIES = {
     3: [("calls", 1.0), ("tokens_in", 0.625), ("tokens_out", 0.625)],
@@ -90,7 +92,9 @@ def produce(bootstrap: str, partitions: int, made: list[tuple[bytes, bytes, int]
             "bootstrap.servers": bootstrap,
             "enable.idempotence": True,
             "linger.ms": 50,
+            "batch.size": BATCH_BYTES,
             "queue.buffering.max.messages": 200_000,
+            "log_level": 2,
         }
     )
     bounds = [*range(0, len(made), 50_000), len(made)]

@@ -114,8 +114,6 @@ class Partition:
         self.book.usage[record.partition, record.offset] = content
         return self._usage(record, content)
 
-    # --- commands
-
     def _command(self, record: Record, command: dict[str, Any]) -> str:
         try:
             body = json.loads(command["body"])
@@ -169,8 +167,6 @@ class Partition:
         if name not in self.accounts and self.config.get("auto_open"):
             self.accounts[name] = Account()
         return self.accounts.get(name)
-
-    # --- usage
 
     def _usage(self, record: Record, event: dict[str, Any]) -> str:
         check_content(event)

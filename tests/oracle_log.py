@@ -1,9 +1,12 @@
 """A topic read to its end, as often as wanted, with confluent-kafka and explicit partitions: no group, no commits."""
 
+import time
+
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, KafkaException, TopicPartition
 
 from tests.oracle_book import Record
 
+BATCH, WAIT_S = 2_000, 0.1
 STALLED_S = 30.0
 """No record within this time before the end: the broker is not answering."""
 
@@ -43,9 +46,12 @@ class Log:
         """Records appended up to the ends as they are now, each partition's in offset order."""
         missing = {number for number, end in self.ends().items() if end > self.next[number]}
         ends, found = self.ends(), []
+        until = time.monotonic() + STALLED_S
         while missing:
-            messages = self.consumer.consume(10_000, STALLED_S)
-            if not messages:
+            messages = self.consumer.consume(BATCH, WAIT_S)  # waits for all of the batch, or this long
+            if messages:
+                until = time.monotonic() + STALLED_S
+            elif time.monotonic() > until:
                 raise TimeoutError(f"{self.topic}: nothing for {STALLED_S} s before the end of {sorted(missing)}")
             for message in messages:
                 number = message.partition()

@@ -76,7 +76,7 @@ def faithful(book: Book, original: dict[tuple[int, int], bytes | None]) -> Actua
             }
             for identifier, delta in book.deltas.items()
         ],
-        dead={at: (reason, original[at]) for at, reason in book.dead.items()},
+        dead={at: (reason, original[at] or b"") for at, reason in book.dead.items()},
         meter_events={
             identifier: {"customer": delta.customer, "units": delta.units, "last_occurred_at": delta.last_us}
             for identifier, delta in book.deltas.items()

@@ -120,23 +120,24 @@ def as_the_view(row: Row) -> dict[str, Any]:
 
 
 def stripe_events(url: str) -> list[dict[str, Any]]:
-    """Meter events that the rail accepted: identifier, customer, event_name, value, timestamp."""
+    """Meter events that the rail counts: identifier, customer, event_name, value, timestamp."""
     with urllib.request.urlopen(f"{url}/_admin/events", timeout=30) as response:
         found = json.load(response)
-    listed = found["data"] if isinstance(found, dict) else found
-    return [{**event, "value": int(event["value"]), "timestamp": int(event["timestamp"])} for event in listed]
+    return [
+        {**event, "value": int(event["value"]), "timestamp": int(event["timestamp"])}
+        for event in found["data"]
+        if not event["error"] and not event["cancelled"]
+    ]
 
 
-def dead_letters(
-    records: list[Record], epoch: str
-) -> tuple[dict[tuple[int, int], tuple[str, bytes | None]], list[str]]:
+def dead_letters(records: list[Record], epoch: str) -> tuple[dict[tuple[int, int], tuple[str, bytes]], list[str]]:
     """(partition, offset) → (reason, original bytes). Two copies of one letter must be equal."""
-    found: dict[tuple[int, int], tuple[str, bytes | None]] = {}
+    found: dict[tuple[int, int], tuple[str, bytes]] = {}
     wrong: list[str] = []
     for record in records:
         letter_epoch, partition, offset = (record.key or b"").decode().rsplit("|", 2)
         at = (int(partition), int(offset))
-        letter = (dict(record.headers)["reason"].decode(), record.value)
+        letter = (dict(record.headers)["reason"].decode(), record.value or b"")
         if letter_epoch != epoch:
             wrong.append(f"dead letter {at} is of epoch {letter_epoch}, the log of {epoch}")
         if found.setdefault(at, letter) != letter:

@@ -93,13 +93,13 @@ def copies(records: Iterable[Record], random: Random, share: float, writers: set
 
 def shuffled(made: World, seed: int, count: int, now_us: int) -> list[Raw]:
     """A source of its own that sends its sequences of every lane in any order within a stretch of 40."""
-    random = Random(f"{seed}/shuffled")
+    random, name = Random(f"{seed}/shuffled"), f"shuffled{seed}"
     source, lanes, records = source_id(now_us // 1000, random.getrandbits(74)), dict[int, int](), []
-    for number, call in enumerate(traffic(made, seed, "shuffled", 0, count, 1)):
+    for number, call in enumerate(traffic(made, seed, name, len(made.principals), count, 1)):
         fields = emitted_fields(call, now_us)
         lanes[lane(fields["account"])] = sequence = lanes.get(lane(fields["account"]), 0) + 1
         event = {"event_id": f"{random.getrandbits(128):032x}", "source": source, "sequence": sequence, **fields}
-        event = {**dict.fromkeys(OPTIONAL), **event, "trace_id": f"shuffled.{number}"}
+        event = {**dict.fromkeys(OPTIONAL), **event, "trace_id": f"{name}.{number}"}
         records.append(Raw("accepted", fields["account"].encode(), frame(USAGE_ID, event), tag=event["trace_id"]))
     for start in range(0, len(records), 40):
         stretch = records[start : start + 40]
