@@ -52,7 +52,7 @@ _PLAIN_ARROW = {"output_format_arrow_low_cardinality_as_dictionary": 0}
 _RETRY = frozenset(
     (159, 160, 198, 202, 203, 209, 210, 212, 236, 241, 242, 243, 252, 279, 285, 319, 394, 425, 439, 745, 999, 1000)
 )
-"""Time-outs, network, too many queries or parts, memory, disk full, read-only for now, replicas or keeper away, shutdown."""
+"""Time-outs, network, too many queries or parts, memory, disk full, read-only just then, replicas or keeper away, shutdown."""
 _CURES = {
     516: "check user and password (TOLLWAY_CLICKHOUSE_USER, TOLLWAY_CLICKHOUSE_PASSWORD)",
     194: "check user and password (TOLLWAY_CLICKHOUSE_USER, TOLLWAY_CLICKHOUSE_PASSWORD)",

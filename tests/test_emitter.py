@@ -609,12 +609,12 @@ async def test_fsync_interval(log: Log, tmp_path: Path) -> None:
     await emitter.close(0)
 
 
-def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TOLLWAY_SPOOL_DIR, else XDG_STATE_HOME, else ~/.local/state."""
     assert default_spool_dir({"TOLLWAY_SPOOL_DIR": "/a", "XDG_STATE_HOME": "/b"}) == Path("/a")
     assert default_spool_dir({"XDG_STATE_HOME": "/b"}) == Path("/b/tollway/spool")
-    monkeypatch.setenv("HOME", "/home/x")
-    assert default_spool_dir({}) == Path("/home/x/.local/state/tollway/spool")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_spool_dir({}) == tmp_path / ".local/state/tollway/spool"
 
 
 def test_acknowledged_is_bounded() -> None:
