@@ -24,7 +24,7 @@ def kafka_broker(parts_folder: Path) -> Iterator[KafkaBroker]:
         broker.wait_ready()
         yield broker
     finally:
-        broker.kill()
+        broker.stop()
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def valkey(parts_folder: Path) -> Iterator[ValkeyServer]:
         server.wait_ready()
         yield server
     finally:
-        server.kill()
+        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -54,4 +54,4 @@ def clickhouse(parts_folder: Path) -> Iterator[ClickHouseServer]:
         server.wait_ready()
         yield server
     finally:
-        server.kill()
+        server.stop()

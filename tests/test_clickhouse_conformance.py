@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tollway.connectors.embedded.clickhouse import ClickHouseServer
-from tollway.connectors.embedded.clickhouse_engine import EngineError
+from tollway.connectors.embedded.clickhouse_engine import EngineError, _spool_folder
 from tollway.connectors.embedded.clickhouse_server import COMPRESS, credentials, decompress
 from tollway.connectors.embedded.clickhouse_sql import parse_insert
 from tollway.connectors.embedded.process import Process, poll
@@ -166,7 +166,19 @@ def test_token_and_rows_outlive_kill_9(tmp_path: Path) -> None:
             client.insert_arrow("t", ROWS, settings=settings)
             assert count(client, "t") == 2
     finally:
-        server.kill()
+        server.stop()
+
+
+def test_a_killed_server_leaves_nothing_in_shared_memory(tmp_path: Path) -> None:
+    """The spool folder that kill -9 leaves is removed at the next start of any server; one in use is not."""
+    mine, lock = _spool_folder(tmp_path)
+    with lock:
+        left, left_lock = _spool_folder(tmp_path)
+        (left / "body").write_bytes(b"rows")
+        left_lock.close()  # as the kernel does for a killed process
+        next_one, next_lock = _spool_folder(tmp_path)
+        next_lock.close()
+        assert sorted(tmp_path.iterdir()) == sorted([mine, next_one])
 
 
 def test_optimize_on_insert_can_be_switched_off(client: Client) -> None:

@@ -5,10 +5,11 @@ The engine's streaming insert answers OK when the write fails (too many parts, a
 through a file in shared memory and `INSERT … FROM INFILE`, whose errors are raised.
 """
 
-import hashlib
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tollway.connectors.embedded.clickhouse_sql import parse_insert, quote, quote_name
 
@@ -26,6 +27,8 @@ SESSION_TIMEOUT_S = 60
 SESSION_TIMEOUT_MAX_S = 3_600
 # A reply stands in memory whole: larger results are refused (Code 396) unless the request sets its own limit.
 RESULT_MAX_BYTES = 1 << 30
+SHARED_MEMORY = Path("/dev/shm")
+SPOOL_PREFIX = "tollway-clickhouse-"
 _SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CODE = re.compile(r"Code: (\d+)\.")
 
@@ -105,7 +108,7 @@ class Engine:
             self._root = self._connect()
         except (self._error, RuntimeError) as e:
             raise _engine_error(e) from None
-        self._spool = _spool_folder(path)
+        self._spool, self._spool_lock = _spool_folder()
         self._sessions: dict[str, _Session] = {}
         self._lock = threading.Lock()
         self.version, self.timezone = self._root.query("SELECT version(), timezone()", "TSV").bytes().decode().split()
@@ -132,6 +135,7 @@ class Engine:
             self._sessions.clear()
         self._root.close()
         shutil.rmtree(self._spool, ignore_errors=True)
+        self._spool_lock.close()
 
     def _run(self, handle: Any, statement: Statement) -> Reply:
         text = statement.sql or statement.body
@@ -283,12 +287,21 @@ def _reply(result: Any, format: str | None) -> Reply:
     return Reply(data, format, {name: str(value) for name, value in summary.items()})
 
 
-def _spool_folder(path: Path) -> Path:
-    """Of this data folder alone, emptied: what a killed server left would take memory for ever."""
-    base = Path("/dev/shm")
+def _spool_folder(base: Path = SHARED_MEMORY) -> tuple[Path, TextIO]:
+    """A folder of this process alone, with the lock that says so; it ends with the lock's file.
+
+    Folders of servers that were killed are removed: in shared memory they would take memory for ever.
+    """
     parent = base if os.access(base, os.W_OK) else Path(tempfile.gettempdir())
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    folder = parent / f"tollway-clickhouse-{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    return folder
+    for left in parent.glob(f"{SPOOL_PREFIX}*"):
+        try:
+            with (left / "owner").open() as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # in use, or another user's
+            continue
+    new = Path(tempfile.mkdtemp(prefix=".tollway-", dir=parent))
+    lock = (new / "owner").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # Only now by the name that others look for: before, it would have seemed abandoned.
+    return new.rename(parent / f"{SPOOL_PREFIX}{secrets.token_hex(8)}"), lock
