@@ -24,7 +24,7 @@ check: .venv/.dev ## lint, format, types and contracts, without running anything
 	$(BIN)/tollway schema check
 
 prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code
-	$(BIN)/python -m pytest tests/test_prove.py
+	$(BIN)/python -m tests.prove
 
 bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, and what emit() costs
 	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
