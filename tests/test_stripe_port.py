@@ -67,6 +67,7 @@ async def test_meters_and_customers_are_made_only_once(standin: Standin, billed:
     """`ensure_…` finds what is there, also after a restart of the caller."""
     name = f"ensured_{number()}"
     meter, customer = await billed.port.ensure_meter(name), await billed.port.ensure_customer(name)
+    standin.advance(2 * 86_400)  # past Stripe's idempotency keys
     later = StripePort(standin.key, standin.url)
     assert (await later.ensure_meter(name), await later.ensure_customer(name)) == (meter, customer)
     await later.close()
@@ -93,6 +94,20 @@ def test_a_meter_that_would_miscount_is_refused(change: dict[str, Any], fault: s
     found = meter_fault(Meter(**{**GOOD.__dict__, **change}), live=False)
     assert found is not None
     assert fault in found
+
+
+async def test_of_several_meters_with_one_name_the_active_one_counts(standin: Standin, billed: Billed) -> None:
+    """A retired meter is passed over for its active successor, and replaced where there is none."""
+    retired = await billed.port.ensure_meter(billed.event_name)
+    assert post(standin, f"/v1/billing/meters/{retired}/deactivate", {})[0] == 200
+    with pytest.raises(Refused, match="inactive"):
+        await billed.port.check_meters([billed.event_name], live=False)
+    active = await billed.port.ensure_meter(billed.event_name)
+    assert (await billed.port.meters())[billed.event_name].meter_id == active != retired
+    await billed.port.check_meters([billed.event_name], live=False)
+    assert post(standin, f"/v1/billing/meters/{active}/deactivate", {})[0] == 200
+    assert post(standin, f"/v1/billing/meters/{retired}/reactivate", {})[0] == 200
+    assert (await billed.port.meters())[billed.event_name].meter_id == retired
 
 
 async def test_the_start_check_reads_the_meters_that_are_there(billed: Billed) -> None:
@@ -187,6 +202,7 @@ def test_every_outcome_of_the_sdk_has_its_meaning() -> None:
         ("accept_500", "Unknown", 1),
         ("accept_drop", "Unknown", 1),
         ("accept_hang", "Unknown", 1),
+        ("accept_cut", "Unknown", 1),
     ],
 )
 async def test_what_a_caller_cannot_know_is_called_unknown(

@@ -166,6 +166,14 @@ async def test_summaries_come_late_and_on_their_grid(standin: Standin, billed: B
         await billed.port.summary(billed.event_name, billed.customer, now_s + 60)
 
 
+async def test_pages_follow_each_other_without_overlap(client: stripe.StripeClient) -> None:
+    """A list is newest first, in pages of at most `limit`, each item once."""
+    made = [(await client.v1.customers.create_async({"name": str(at), "email": "p@x"})).id for at in range(5)]
+    page = await client.v1.customers.list_async({"email": "p@x", "limit": 2})
+    assert (len(page.data), page.has_more) == (2, True)
+    assert [row.id async for row in page.auto_paging_iter()] == made[::-1]
+
+
 async def test_meters_aggregate_by_their_formula(standin: Standin, client: stripe.StripeClient) -> None:
     """count, last and pre-aggregated windows give other numbers than the sum of what was sent: why they are refused."""
     customer = await client.v1.customers.create_async({"name": "formulas"})

@@ -71,12 +71,12 @@ async def test_through_http_faults_of_every_kind_bill_once(rails: Rails) -> None
     """With refusals, hangs, dropped connections and lost answers ordered at the stand-in, its list equals the topic."""
     for number in range(60):
         rails.publish(number + 1, f"a{number % 12}", event_name=["calls", "tokens"][number % 2], flush=number)
-    for fault in ("500", "accept_500", "429", "drop", "accept_drop", "hang", "accept_hang"):
+    for fault in ("500", "accept_500", "429", "drop", "accept_drop", "accept_cut", "hang", "accept_hang"):
         rails.standin.fault(fault, count=3 if "hang" not in fault else 1)
     await rails.finish(process := rails.start())
     assert rails.billed() == owed(rails.topic)
     assert process.sender.status()["alarms"] == []
-    assert sum(count for name, count in rails.standin.admin("counters").items() if name.startswith("fault_")) >= 17
+    assert sum(count for name, count in rails.standin.admin("counters").items() if name.startswith("fault_")) >= 20
 
 
 @pytest.mark.parametrize("hours", [19, 21, 25, 49])

@@ -17,8 +17,9 @@ from tollway.connectors.embedded.stripe_journal import Journal
 from tollway.connectors.embedded.stripe_state import ApiError, StripeState, page
 
 EVENTS = "/v1/billing/meter_events"
-FAULTS = ("500", "429", "hang", "drop", "accept_500", "accept_hang", "accept_drop")
-"""What the next requests get instead of an answer. `accept_…`: the request takes effect, the caller never learns it."""
+FAULTS = ("500", "429", "hang", "drop", "accept_500", "accept_hang", "accept_drop", "accept_cut")
+"""What the next requests get instead of an answer. `accept_…`: the request takes effect, the caller never learns it;
+`cut`: the answer ends in the middle."""
 HANG_MAX_S = 120
 POLL_S = 0.1
 Json = dict[str, Any]
@@ -113,6 +114,10 @@ class Server:
                 if request.transport is None or request.transport.is_closing():
                     break
                 await asyncio.sleep(POLL_S)
+        if what == "cut":
+            half = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": "application/json"})
+            await half.prepare(request)
+            await half.write(b'{"object":')
         return await _drop(request) if what else response
 
     def _next_fault(self, request: web.Request) -> str | None:
