@@ -17,7 +17,7 @@ from tollway.connectors.embedded.clickhouse import ClickHouseServer
 from tollway.connectors.embedded.process import free_port
 from tollway.connectors.errors import Fatal, Unavailable
 from tollway.streams.audit import EVENTS_SCHEMA, LOG_SCHEMA, Block
-from tollway.streams.audit_verify import differences
+from tollway.streams.audit_compare import differences
 
 TABLES = ("usage_log", "usage_events", "audit_manifest")
 
@@ -139,9 +139,7 @@ def test_a_newer_database_is_refused(store: AuditStore) -> None:
         store.migrate()
 
 
-def test_a_changed_migration_is_refused(
-    store: AuditStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_migration_is_refused(store: AuditStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An applied file that has changed since is named, not applied again."""
     for path in module.MIGRATIONS.glob("*.sql"):
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8") + ("-- x" if "0001" in path.name else ""))
