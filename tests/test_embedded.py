@@ -18,6 +18,8 @@ import confluent_kafka
 import pytest
 import redis
 from confluent_kafka.admin import AdminClient, NewTopic
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tollway.connectors.embedded import jars
 from tollway.connectors.embedded.jars import Jar
@@ -580,7 +582,11 @@ def test_topics_are_not_made_by_accident(kafka: str) -> None:
 
 def test_valkey_wants_its_password(valkey: ValkeyServer) -> None:
     """Without the password nothing is answered; memory policy and persistence are those that quotas need."""
-    with redis.Redis(host=valkey.host, port=valkey.port) as client, pytest.raises(redis.AuthenticationError):
+    once = Retry(NoBackoff(), 0)
+    with (
+        redis.Redis(host=valkey.host, port=valkey.port, retry=once) as client,
+        pytest.raises(redis.AuthenticationError),
+    ):
         client.ping()
     with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}

@@ -64,8 +64,12 @@ class ValkeyServer(Part):
     def answers(self) -> bool:
         """Whether it serves: the append-only file is loaded, the password is right."""
         import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
-        with redis.Redis(host=self.host, port=self.port, password=self.password, socket_timeout=2) as client:
+        once = Retry(NoBackoff(), 0)  # by default a refused connection is tried again for seconds
+        login = {"host": self.host, "port": self.port, "password": self.password}
+        with redis.Redis(**login, socket_timeout=2, retry=once) as client:
             try:
                 return bool(client.ping())
             except redis.ConnectionError:  # BusyLoadingError too
