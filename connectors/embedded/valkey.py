@@ -68,8 +68,7 @@ class ValkeyServer(Part):
         from redis.retry import Retry
 
         once = Retry(NoBackoff(), 0)  # by default a refused connection is tried again for seconds
-        login = {"host": self.host, "port": self.port, "password": self.password}
-        with redis.Redis(**login, socket_timeout=2, retry=once) as client:
+        with redis.Redis.from_url(self.url, socket_timeout=2, retry=once) as client:
             try:
                 return bool(client.ping())
             except redis.ConnectionError:  # BusyLoadingError too
