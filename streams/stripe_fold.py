@@ -14,7 +14,7 @@ from typing import Any, cast
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, ProducerFenced
 
-from tollway.connectors.errors import Fatal, Unavailable
+from tollway.connectors.errors import Fatal
 from tollway.connectors.kafka import started_producer
 from tollway.connectors.meter_events import meter_events_since
 from tollway.connectors.stripe import StripePort
@@ -108,7 +108,7 @@ class StripeFold:
         )
 
     async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
-        """One transaction. Raises Fatal where another worker owns the partition now."""
+        """One transaction. Raises Fatal where it was not taken: another worker may own the partition by now."""
         producer = self._producers[number]
         try:
             async with producer.transaction():
@@ -117,8 +117,10 @@ class StripeFold:
         except ProducerFenced as error:
             raise Fatal(f"partition {number} has another sender now: this worker was away too long") from error
         except KafkaError as error:
-            await self._fence(number)
-            raise Unavailable(f"checkpoint of partition {number} not written: {error}") from error
+            # Not fenced anew here: a worker that missed its revoke would shut out its successor. A new assignment does it.
+            raise Fatal(
+                f"checkpoint of partition {number} not written ({error}): the worker must join again"
+            ) from error
 
     def load(self, partition: int, state: dict[str, Any]) -> StripeState:
         """A sender with its attempts and outcomes."""
