@@ -79,7 +79,6 @@ class Quota:
     def on_command(self, directory: Directory, account: str) -> None:
         """An account was opened or its policy set."""
         self.changes += 1
-        self._plans.pop(account, None)
         if account in directory.accounts:
             self.policies.add(account)
 

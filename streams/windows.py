@@ -1,5 +1,7 @@
 """Windows: half-open [start, end) in UTC and whole seconds; `m`inute, `h`our, `d`ay, calendar `M`onth, `L`ife (design §5)."""
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -45,6 +47,7 @@ def end_s(window: str, start: int) -> int | None:
     return start + LENGTH_S[window]
 
 
+@lru_cache(64)
 def oldest_start_s(window: str, step_time_s: int) -> int:
     """Start of the oldest window that is still counted at a step: the first with end + keep > step time."""
     if window == "L":

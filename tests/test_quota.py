@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.batches import METERS, NOW_S, batch, counts, directory, folded, sliced, usage
@@ -49,7 +49,8 @@ EVENTS = st.builds(
         st.sampled_from([*METERS, "undeclared"]), st.integers(0, 10**12), min_size=1, max_size=4
     ).map(lambda found: {"calls": 1, **found}),
 )
-HISTORIES = st.lists(EVENTS, min_size=1, max_size=60)
+HISTORIES = st.lists(EVENTS, min_size=5, max_size=40)
+CUTS = st.lists(st.booleans(), min_size=39, max_size=39)
 
 
 def start_of(window: str, at_s: int) -> int:
@@ -108,11 +109,19 @@ def test_totals_are_those_of_a_dictionary(events: list[dict[str, Any]], data: st
 
 
 @settings(deadline=None)
-@given(HISTORIES, st.lists(st.integers(0, 60)))
-def test_cuts_do_not_show(events: list[dict[str, Any]], cuts: list[int]) -> None:
+@given(HISTORIES, CUTS)
+@example(
+    [usage(quantities={"calls": 1, "tokens_out": 1}), usage("wide", quantities={"tokens_in": 1, "tokens_out": 1})],
+    [True],
+)
+@example(
+    [usage(at_s=NOW_S + at, principal=name) for at, name in ((0, "a"), (0, "b"), (60, "b"), (60, "a"))],
+    [False, False, True],
+)
+def test_cuts_do_not_show(events: list[dict[str, Any]], cuts: list[bool]) -> None:
     """However a log is cut into batches, the dumped state has the same bytes: numbering follows the log, not the batch."""
     found, whole = directory(POLICIES), batch(events)
-    edges = sorted({0, len(events), *(cut for cut in cuts if cut < len(events))})
+    edges = [0, *(at for at, cut in enumerate(cuts[: len(events) - 1], 1) if cut), len(events)]
     pieces = [sliced(whole, a, b) for a, b in pairwise(edges)]
     once, in_pieces = folded(found, whole), folded(found, *pieces)
     assert msgpack.packb(in_pieces.dump()) == msgpack.packb(once.dump())
@@ -120,7 +129,7 @@ def test_cuts_do_not_show(events: list[dict[str, Any]], cuts: list[int]) -> None
 
 
 @settings(deadline=None)
-@given(HISTORIES, st.integers(0, 60), st.integers(0, 80 * DAY))
+@given(HISTORIES, st.integers(0, 40), st.sampled_from([0, 4 * HOUR, 4 * DAY, 40 * DAY, 100 * DAY]))
 def test_a_restart_does_not_show(events: list[dict[str, Any]], at: int, later_s: int) -> None:
     """A state that was dumped and loaded in the middle goes on to the same bytes, evictions and reused numbers included."""
     found, whole = directory(POLICIES), batch(events)
@@ -163,6 +172,16 @@ def test_a_held_call_counts_in_the_windows_of_its_own_time() -> None:
     assert quota.totals("acme") == {("acct", "calls", "h", late): 1, ("acct", "calls", "h", NOW_S - HOUR): 1}
 
 
+@pytest.mark.parametrize(("window", "keep_s"), [("m", 2 * HOUR), ("h", 2 * DAY), ("d", 3 * DAY), ("M", 35 * DAY)])
+def test_a_window_counts_until_its_keep_is_over(window: str, keep_s: int) -> None:
+    """A minute is counted for 2 hours after its end, an hour 2 days, a day 3, a month 35: to the last second, no longer."""
+    found = directory({"acme": counts(("calls", window, "acct"))})
+    end = end_of(window, start_of(window, NOW_S))
+    for step_s, counted in ((end + keep_s - 1, 1), (end + keep_s, 0)):
+        quota = folded(found, batch([usage(hold="h1")], append_s=step_s), step_s=step_s)
+        assert len(quota.totals("acme")) == counted
+
+
 def test_usage_that_comes_too_late_for_a_window_is_left_out_and_alarmed() -> None:
     """Where a window's end plus its keep has passed, only the coarser windows count, and the alarm says how much."""
     found = directory({"acme": counts(("calls", "mhd", "acct"))})
@@ -200,6 +219,8 @@ def test_life_totals_of_runs_end_after_35_idle_days_and_balances_stay() -> None:
     at = NOW_S + 20 * DAY
     quota.on_step(at)
     quota.fold(found, batch([usage(run="used", at_s=at)], append_s=at))
+    quota.on_step(NOW_S + 35 * DAY - 1)
+    assert len(quota.totals("acme")) == 3
     quota.on_step(NOW_S + 35 * DAY)
     assert quota.totals("acme") == {("acct", "calls", "L", 0): 3, ("run:used", "calls", "L", 0): 2}
     quota.on_step(at + 36 * DAY)

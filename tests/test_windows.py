@@ -62,6 +62,16 @@ def test_oldest_counted_window(window: str, step_time: int) -> None:
         assert oldest + KEEP_S[window] <= step_time  # the window before ends where this one starts
 
 
+@given(ENDING, SECONDS)
+def test_counting_ends_on_the_second(window: str, at: int) -> None:
+    """At end + keep − 1 a window is the oldest that is counted; at end + keep the next one is."""
+    start = start_s(window, at)
+    end = end_s(window, start)
+    assert end is not None
+    assert oldest_start_s(window, end + KEEP_S[window] - 1) == start
+    assert oldest_start_s(window, end + KEEP_S[window]) == end
+
+
 def test_life_never_ends() -> None:
     """`L` is one window from 0 on, and nothing is too old for it."""
     assert (start_s("L", 1_700_000_000), end_s("L", 0), oldest_start_s("L", 1_700_000_000)) == (0, None, 0)
