@@ -10,10 +10,10 @@ from tests.house_rules import (
     LAYERS,
     LONG_FILES,
     LONG_FUNCTIONS,
-    PATCHED,
     ROOT,
     RULES,
     SLEEPS,
+    TEST_FILE_LINES_MAX,
     Module,
     Rule,
     finished,
@@ -63,7 +63,8 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_waiting_by_the_clock, "tests/a.py", "time.sleep(0.1)"),
     (no_mocks, "tests/a.py", "from unittest.mock import patch"),
     (no_mocks, "tests/a.py", "from unittest import mock"),
-    (no_mocks, "tests/a.py", "def test_a(monkeypatch):\n    monkeypatch.setattr(m, 'n', 1)"),
+    (no_mocks, "tests/a.py", "def test_a(monkeypatch):\n    monkeypatch.setattr(m, 'now', lambda: 1)"),
+    (no_mocks, "tests/a.py", "def test_a(monkeypatch):\n    monkeypatch.setattr('tollway.streams.a.NOW', 1)"),
     (finished, "streams/a.py", "x = 1  # TO" + "DO later"),
     (finished, "streams/a.py", "raise NotImplemented" + "Error"),
     (no_banners, "streams/a.py", "# ---- reading ----"),
@@ -72,6 +73,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_swallowed_failures, "streams/a.py", "for a in b:\n    try:\n        f()\n    except (OSError, Exception):\n        continue"),
     (no_machine_paths_in_code, "streams/a.py", "DATA = '/ho" + "me/me/data'"),
     (short, "streams/a.py", "x = 1\n" * (FILE_LINES_MAX + 1)),
+    (short, "tests/a.py", "x = 1\n" * (TEST_FILE_LINES_MAX + 1)),
     (short, "streams/a.py", "def f():\n" + "    x = 1\n" * FUNCTION_LINES_MAX),
     (said_what_for, "streams/a.py", "x = 1"),
     (said_what_for, "tests/test_a.py", '"""A."""\ndef test_b():\n    assert True'),
@@ -96,6 +98,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (no_waiting_by_the_clock, "tests/test_a.py", "ready.wait(5)"),
     (no_waiting_by_the_clock, "tests/test_a.py", "async def f():\n    while not ready():\n        await asyncio.sleep(0.05)"),
     (no_waiting_by_the_clock, "tests/a.py", "while not ready():\n    time.sleep(0.1)"),
+    (no_mocks, "tests/a.py", "def test_a(monkeypatch):\n    monkeypatch.setattr(m, 'ROWS_MAX', 3)"),
     (no_swallowed_failures, "streams/a.py", "try:\n    f()\nexcept FileNotFoundError:\n    pass"),
     (no_banners, "streams/a.py", "# - a list\nx = 1  # why --- because"),
     (said_what_for, "tests/a.py", '"""A."""\ndef put():\n    pass'),
@@ -117,7 +120,7 @@ def test_the_ratchet_only_turns_one_way() -> None:
 
 def test_the_lists_name_what_is_there() -> None:
     """An exception for what is gone is taken off its list."""
-    for what in (*LONG_FILES, *LONG_FUNCTIONS, *FLOATS, *SLEEPS, *PATCHED):
+    for what in (*LONG_FILES, *LONG_FUNCTIONS, *FLOATS, *SLEEPS):
         path, _, name = what.partition(":")
         assert (ROOT / path).is_file(), what
         assert name.split(".")[-1] in (ROOT / path).read_text(encoding="utf-8"), what
