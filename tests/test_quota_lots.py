@@ -35,9 +35,10 @@ def test_a_total_is_taken_once_and_comes_back_when_it_was_not_written() -> None:
     assert shown(lots) == {("acme~acct", f"calls h:{NOW_S} u"): ("1", NOW_S + HOUR)}
     assert take(quota) == {}
     assert int(quota.dirty().sum()) == 0
-    quota.fold(found, batch([usage()]))
     for lot in lots.values():
         lot.give_back()
+    assert int(quota.dirty().sum()) == 1
+    quota.fold(found, batch([usage()]))
     assert int(quota.dirty().sum()) == 1
     assert shown(take(quota)) == {("acme~acct", f"calls h:{NOW_S} u"): ("2", NOW_S + HOUR)}
 
