@@ -7,6 +7,8 @@ from typing import Any
 
 from tollway.connectors.kafka import Admin, epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
+from tollway.streams.audit_fold import judge_block
+from tollway.streams.audit_report import Report
 from tollway.streams.audit_verify import verify
 from tollway.streams.looks import HOUR_S, check_account
 from tollway.streams.settings import Settings
@@ -32,13 +34,25 @@ async def verify_audit(settings: Settings, progress: Callable[[str], None]) -> d
     partitions = await log_partitions(admin)
     epoch = epoch_of(await admin.topic_id(USAGE.name))
     found = await newest_checkpoints(settings, epoch, partitions, ["audit"])
-    chains = {number: (each.next_offset, each.state["parts"]["audit"]["chain"]) for (_, number), each in found.items()}
+    chains = {
+        (epoch, number): (each.next_offset, each.state["parts"]["audit"]["chain"])
+        for (_, number), each in found.items()
+    }
+
+    def prove() -> Report:
+        return verify(
+            store,
+            chains,
+            rejudge=judge_block,
+            partitions=partitions,
+            progress=lambda done, whole: progress(f"{done:,} of {whole:,} records"),
+        )
+
     store = audit_store(settings)
     try:
-        report = await asyncio.to_thread(verify, store, epoch, chains, partitions=partitions, progress=progress)
+        report = await asyncio.to_thread(prove)
     finally:
         store.close()
-    if len(chains) < partitions:
-        missing = sorted(set(range(partitions)) - set(chains))
-        report.fault(f"partitions {missing} have no audit checkpoint in Kafka: a cut tail would not show")
+    for number in sorted(set(range(partitions)) - {place for _, place in chains}):
+        report.unproven.append(f"tail of partition {number}: no audit checkpoint in Kafka")
     return report.to_json()

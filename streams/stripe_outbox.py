@@ -339,7 +339,7 @@ def shown(item: Item) -> dict[str, Any]:
         "identifier": item.identifier,
         **{
             name: event[name] for name in ("account", "n", "customer", "event_name", "window_start_s", "flush", "units")
-        },  # type: ignore[literal-required]
+        },
         "timestamp_s": item.timestamp_s,
         "attempts": item.attempts,
         "in_doubt_since_s": item.doubt_since_s,
