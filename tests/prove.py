@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -41,9 +42,10 @@ TRAFFIC_S = 90.0
 """The emitters are paced to make their calls in this time: kills fall into traffic, not behind it."""
 COPY_SHARE, SHUFFLE_SHARE = 0.01, 0.01
 EMITTER_DIES_AT, MIDWAY_AT, POISON_AT = 0.35, 0.4, 0.5
-TRAFFIC_DEADLINE_S, SETTLE_DEADLINE_S = 200.0, 120.0
+TRAFFIC_DEADLINE_S, SETTLE_DEADLINE_S = 400.0, 240.0
 TRICKLE = 20
 """Records a second that go on until the last kill, so that every worker dies with work before it."""
+RAIL_FAULTS = {"accept_drop": 5, "accept_500": 5, "500": 5, "drop": 5, "429": 10}
 STRANGER = "org-nobody-opened"
 SHOWN_MAX = 20
 
@@ -232,11 +234,20 @@ class Campaign:
         return [
             (TRAFFIC_S * 0.2, shuffle),
             (TRAFFIC_S * 0.25, lambda: write("closed hole", closed_hole(self.made.accounts[1], now_us()))),
+            (TRAFFIC_S * 0.3, self._rail_fails),
             (TRAFFIC_S * EMITTER_DIES_AT, lambda: emitters.replace(1)),
             (TRAFFIC_S * MIDWAY_AT, lambda: asyncio.run(self._send(midway(self.made), partitions))),
             (TRAFFIC_S * POISON_AT, poison),
             (TRAFFIC_S * 0.6, lambda: write("unsequenced", unsequenced(self.made.accounts[2], now_us(), 60))),
         ]
+
+    def _rail_fails(self) -> None:
+        """The rail answers badly, and takes events whose answer is lost: each may be billed once all the same."""
+        for fault, count in RAIL_FAULTS.items():
+            body = json.dumps({"fault": fault, "count": count}).encode()
+            asked = urllib.request.Request(f"{self.stack.endpoints.stripe_url}/_admin/faults", data=body, method="POST")
+            with urllib.request.urlopen(asked, timeout=10) as answer:
+                answer.read()
 
     @staticmethod
     def _signing(signer: Signer) -> Callable[[bytes], list[tuple[str, bytes]]]:

@@ -39,7 +39,7 @@ FAILPOINTS: dict[str, dict[str, range]] = {
 """group → failpoint → the passes at which it may kill: the seed chooses one."""
 REST_EVERY = 3
 """A supervisor gives up what fails six times in a row: after this many failpoints comes a kill that it is told of."""
-HIT_DEADLINE_S = 60.0
+HIT_DEADLINE_S = 120.0
 LAG_DEADLINE_S = 60.0
 POLL_S = 0.02
 
