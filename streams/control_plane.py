@@ -94,9 +94,13 @@ def policy_body(file: Path | None, counts: list[str], limits: list[str]) -> dict
 
 def _limit(text: str) -> dict[str, Any]:
     parts = text.split("=")
-    if len(parts) != 4 or not parts[3].isdigit():
+    if len(parts) != 4 or not _whole(parts[3]):
         raise Refused(f"--limit is {text!r}: give scope=meter=window=limit, such as acct=calls=d=1000")
     return {"scope": parts[0], "meter": parts[1], "window": parts[2], "limit": int(parts[3])}
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def price_body(price_ref: str, asset: str, unit_nano: list[str]) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def price_body(price_ref: str, asset: str, unit_nano: list[str]) -> dict[str, An
     units: dict[str, int] = {}
     for text in unit_nano:
         meter, _, nano = text.partition("=")
-        if not nano.isdigit():
+        if not _whole(nano):
             raise Refused(f"--unit-nano is {text!r}: give meter=nano units a unit, such as tokens_in=3000")
         units[meter] = int(nano)
     return {"price_ref": price_ref, "asset": asset, "unit_nano": units}

@@ -27,13 +27,17 @@ def run_up(settings: Settings, *, test_windows: bool, workers: bool) -> None:
     """Start all, say where it is, wait for a signal, stop all. Raises Refused and Fatal in one sentence."""
     progress = timed_progress()
     stack = local_stack(settings.data, progress, test_windows=test_windows, workers=workers)
-    stack.start()
+    with stack:  # a signal that comes before `run_until_signal` listens stops all too
+        _say_where(stack, progress)
+        stack.run_until_signal()
+
+
+def _say_where(stack: Stack, progress: Progress) -> None:
     where = stack.endpoints
     progress(
         f"ready: Kafka {where.kafka_bootstrap}, ClickHouse {where.clickhouse_host}:{where.clickhouse_port}, data in {stack.data}"
     )
     progress("press Ctrl-C to stop")
-    stack.run_until_signal()
 
 
 def timed_progress() -> Progress:

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
         500_000, ge=1, description="records between two checkpoints of a partition, at most"
     )
     tick_idle_s: float = Field(10.0, gt=0, description="an idle partition gets a tick after this long")
-    health_port: int = Field(0, ge=0, le=65535, description="loopback port of /health and /metrics; 0 = none")
+    health_port: int = Field(0, ge=0, le=65535, description="loopback port of /health; 0 = none")
 
     step_s: int = Field(5, ge=1, description="log.open of a new log: length of a step")
     billing_window_s: int = Field(

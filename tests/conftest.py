@@ -4,10 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tollway.connectors.embedded.clickhouse import ClickHouseServer
 from tollway.connectors.embedded.kafka import KafkaBroker
 from tollway.connectors.embedded.valkey import ValkeyServer
+
+settings.register_profile("shared machine", deadline=None)  # an example that is slow once is no failure
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
