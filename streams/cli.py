@@ -327,6 +327,23 @@ def _print_status(found: dict[str, Any]) -> None:
     print(f"log {found['epoch']}, {found['dead_letters']} dead letters")
 
 
+@app.command()
+def doctor(data: Data = None, as_json: Json = False) -> None:
+    """Look at every connection, right, setting and clock, and say what is wrong; exit 1 where anything is."""
+    from tollway.streams.doctor import examine
+    from tollway.streams.examination import Finding
+
+    def tell(found: Finding) -> None:
+        cure = f"; {found.cure}" if found.cure else ""
+        print(f"{'ok ' if found.ok else 'BAD'}  {found.part}: {found.what}{cure}", flush=True)
+
+    findings = do(examine(read_settings(data), on_found=(lambda _: None) if as_json else tell))
+    ok = all(found.ok for found in findings)
+    if as_json:
+        say({"ok": ok, "findings": [vars(found) for found in findings]}, as_json)
+    raise typer.Exit(0 if ok else 1)
+
+
 @dlq_app.command("list")
 def dlq_list(
     limit: Annotated[int, typer.Option(min=1, max=100_000)] = 100, data: Data = None, as_json: Json = False
