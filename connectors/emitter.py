@@ -200,6 +200,7 @@ class Emitter:
                 sender = self._new_sender()
                 sender.loop = loop
                 self._task = loop.create_task(sender.run())
+                self._task.add_done_callback(sender.has_ended)
         return _Done()
 
     def _start_in_thread(self) -> None:

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, ProducerClosed, UnknownTopicOrPartitionError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from tollway.connectors.acknowledged import Acknowledged
 from tollway.connectors.errors import Unavailable
@@ -30,6 +31,7 @@ from tollway.schemas.usage import RESEND_S
 TURN_S = 0.02
 """A turn gathers what was emitted meanwhile; a backlog is sent as fast as it is acknowledged."""
 BATCH_BYTES_MAX = 64 << 10
+SLICES_A_TURN = 16
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 ADOPT_S = 30.0
 KEEP_S = 1.0
@@ -41,6 +43,14 @@ RETRY_MS = 250
 REQUEST_TIMEOUT_MS = 30_000
 
 log = logging.getLogger("tollway.emitter")
+
+
+class Taken(Enum):
+    """How a turn's taking from the spools ended."""
+
+    ALL = "nothing is left in them"
+    SOME = "the turn was long enough"
+    NO_ROOM = "the outbox waits for acknowledgements"
 
 
 class Sender:
@@ -115,6 +125,11 @@ class Sender:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self.has_ended()
+
+    def has_ended(self, _: object = None) -> None:
+        """Also when its task was cancelled before it began."""
+        if not self.ended.done():
             self.ended.set_result(None)
 
     async def _every(self, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -138,11 +153,14 @@ class Sender:
         assert self._root is not None
         own = {spool.source for spool in self._spools if spool.own}
         adopted = {spool.source for spool in self._spools if not spool.own}
-        found, self.others_bytes = await asyncio.to_thread(adopt_dead, self._root, self._tally, own, adopted)
-        self._spools += found
-        if found:
-            log.info("%d spools of ended processes are sent: %s", len(found), [spool.source for spool in found])
-            self._wake.set()
+        found = partial(adopt_dead, self._root, self._tally, own, adopted, self._spools.append)
+        looking = asyncio.create_task(asyncio.to_thread(found))
+        try:
+            self.others_bytes = await asyncio.shield(looking)
+        except asyncio.CancelledError:
+            await looking  # a spool it locks after the end would stay locked
+            raise
+        self._wake.set()
 
     async def _send_for_ever(self) -> None:
         backoff_s = BACKOFF_S
@@ -185,8 +203,7 @@ class Sender:
             **self._security,
         )
         try:
-            await self._connect(producer)
-            if await self._is_open():
+            if await self._connect(producer):
                 self._failure = None
                 self._outbox.open(self._partitions, producer.create_batch)
                 for spool in list(self._spools):
@@ -196,22 +213,26 @@ class Sender:
             await discard(producer)
             self._producer = None
 
-    async def _connect(self, producer: AIOKafkaProducer) -> None:
-        """Raises Unavailable; ValueError for a partition count that would tear lanes apart."""
+    async def _connect(self, producer: AIOKafkaProducer) -> bool:
+        """False when stopped first. Raises Unavailable; ValueError for a partition count that would tear lanes apart."""
         self._connecting = True
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 await producer.start()
+            self._partitions = await self._count_partitions(producer)
+            lanes.partition(0, self._partitions)
+            return await self._is_open()
         except (KafkaError, OSError, TimeoutError) as error:
             raise Unavailable(f"no Kafka at {self._bootstrap}: {error or 'it does not answer'}") from error
-        try:
-            async with asyncio.timeout(TOPIC_DEADLINE_S):
-                self._partitions = len(await producer.partitions_for(self._topic))
-        except (UnknownTopicOrPartitionError, TimeoutError) as error:
-            raise Unavailable(f"topic {self._topic} is not there: run `tollway topics create`") from error
         finally:
             self._connecting = False
-        lanes.partition(0, self._partitions)
+
+    async def _count_partitions(self, producer: AIOKafkaProducer) -> int:
+        try:
+            async with asyncio.timeout(TOPIC_DEADLINE_S):
+                return len(await producer.partitions_for(self._topic))
+        except (UnknownTopicOrPartitionError, TimeoutError) as error:
+            raise Unavailable(f"topic {self._topic} is not there: run `tollway topics create`") from error
 
     async def _is_open(self) -> bool:
         """Wait until every partition has its first record, the `log.open`: what stands before it would be refused."""
@@ -233,14 +254,14 @@ class Sender:
 
     async def _turns(self, producer: AIOKafkaProducer) -> None:
         while not self._stopping:
-            behind = await self._take(producer)
+            taken = await self._take(producer)
             await self._send(producer)
             if self._failure is not None:
                 raise self._failure
             self._settle()
-            if behind:
+            if taken is Taken.NO_ROOM:
                 await self._wait(KEEP_S)
-            else:
+            elif taken is Taken.ALL:
                 await self._rest()
                 await asyncio.sleep(TURN_S)
 
@@ -249,24 +270,23 @@ class Sender:
             future = await producer.send_batch(batch.builder, self._topic, partition=batch.partition)
             future.add_done_callback(partial(self._answered, producer, batch))
 
-    async def _take(self, producer: AIOKafkaProducer) -> bool:
-        """From the spools, a slice of each in turn, into the outbox; True when that has no room for more."""
+    async def _take(self, producer: AIOKafkaProducer) -> "Taken":
+        """From the spools, a slice of each in turn, into the outbox."""
         oldest_ms = self._clock_us() // 1000 - RESEND_S * 1000
-        more = True
-        while more:
-            more = False
-            for spool in list(self._spools):
-                if not spool.unread:
-                    continue
+        slices = 0
+        while unread := [spool for spool in self._spools if spool.unread]:
+            for spool in unread:
                 if not self._outbox.has_room(time.monotonic()):
-                    return True
+                    return Taken.NO_ROOM
+                if slices == SLICES_A_TURN:
+                    return Taken.SOME
+                slices += 1
                 frames, position = spool.take()
                 if frames:
-                    more = True
                     self._put(spool, frames, position, oldest_ms)
                     await self._send(producer, full_only=True)  # small requests: copying large ones is dear
                     await asyncio.sleep(0)  # the loop is the service's, too
-        return False
+        return Taken.ALL
 
     def _put(self, spool: Spool, frames: list[Frame], position: Position, oldest_ms: int) -> None:
         if frames[0][0] < oldest_ms or frames[-1][0] < oldest_ms:
@@ -321,10 +341,17 @@ async def discard(producer: AIOKafkaProducer) -> None:
         async with asyncio.timeout(STOP_DEADLINE_S):
             await producer.stop()
             return
-    # stop() waits for delivery and has no other way out: fail what it holds, then end its task.
-    producer._message_accumulator.fail_all(ProducerClosed())
-    task = producer._sender.sender_task
-    while task is not None and not task.done():
+    # stop() waits for delivery and has no other way out: end the tasks that are its.
+    parts = (producer._sender, producer._message_accumulator, producer.client)
+    tasks = [task for task in asyncio.all_tasks() if any(_owner(task) is part for part in parts)]
+    for task in tasks:
         task.cancel()
-        await asyncio.wait([task], timeout=STOP_DEADLINE_S)
+    if tasks:
+        await asyncio.wait(tasks, timeout=STOP_DEADLINE_S)
     await producer.client.close()
+
+
+def _owner(task: asyncio.Task[Any]) -> object:
+    """The object whose method a task runs."""
+    frame = getattr(task.get_coro(), "cr_frame", None)
+    return frame.f_locals.get("self") if frame is not None else None

@@ -5,12 +5,13 @@ and `acked`, the place up to which everything is acknowledged. `<root>/bad/` hol
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,8 @@ HALF_MADE_S = 3_600
 """A folder that was never finished is removed after this."""
 LOCK, ACKED, BAD = "lock", "acked", "bad"
 _ACKED = struct.Struct("<QQI")
+
+log = logging.getLogger("tollway.emitter")
 
 
 class Position(NamedTuple):
@@ -344,9 +347,12 @@ class Spool:
             self._lock_fd = -1
 
 
-def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str]) -> tuple[list[Spool], int]:
-    """Spools under `root` whose owners are dead, but for the sources `adopted` already; and the bytes of all that are not `own`."""
-    spools, others_bytes = [], 0
+def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str], take: Callable[[Spool], object]) -> int:
+    """Give `take` the spools under `root` whose owners are dead, but for the sources `adopted` already.
+
+    Returns the bytes of all spools that are not `own`. Raises OSError where the folder cannot be read.
+    """
+    others_bytes = 0
     for folder in sorted(root.iterdir()):
         source = folder.name.lstrip(".")
         if source in own or not UUID_HEX.fullmatch(source):
@@ -357,5 +363,6 @@ def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str]) -> tu
                 if folder.stat().st_mtime < time.time() - HALF_MADE_S:
                     shutil.rmtree(folder)
             elif source not in adopted and (spool := Spool.adopt(folder, tally)):
-                spools.append(spool)
-    return spools, others_bytes
+                log.info("the spool of an ended process is sent: %s", source)
+                take(spool)
+    return others_bytes

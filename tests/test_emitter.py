@@ -55,7 +55,7 @@ class Log:
 
     def __init__(self, bootstrap: str, opened: bool = True) -> None:
         self.bootstrap, self.name = bootstrap, f"usage-{uuid.uuid4().hex}"
-        self.admin = AdminClient({"bootstrap.servers": bootstrap})
+        self.admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
         self.create()
         if opened:
             self.open(range(PARTITIONS))
@@ -64,7 +64,7 @@ class Log:
         self.admin.create_topics([NewTopic(self.name, PARTITIONS, 1, config=USAGE.settings)])[self.name].result(30)
 
     def open(self, partitions: range) -> None:
-        producer = Producer({"bootstrap.servers": self.bootstrap})
+        producer = Producer({"bootstrap.servers": self.bootstrap, "log_level": 0})
         for partition in partitions:
             producer.produce(self.name, key=b"*", value=b"", partition=partition)
         assert producer.flush(30) == 0
@@ -119,6 +119,10 @@ def in_order(identities: list[Emitted]) -> bool:
     return True
 
 
+def gapless(sequences: list[int]) -> bool:
+    return sequences == [*range(1, len(sequences) + 1)]
+
+
 @pytest.fixture
 def log(kafka: str) -> Log:
     return Log(kafka)
@@ -135,6 +139,7 @@ async def test_what_is_emitted_is_in_the_log(log: Log, tmp_path: Path) -> None:
         assert await emitter.flush(30) == {}
         offsets = {one: emitter.acknowledged(*one) for one in emitted if one is not None}
         assert emitter.counters["acknowledged"] == emitter.counters["emitted"] == 3000
+    assert asyncio.all_tasks() == {asyncio.current_task()}
     records = log.read()
     assert [identity(event) for _, _, event in records] == sorted(
         offsets, key=lambda one: (one.lane % PARTITIONS, offsets[one])
@@ -160,7 +165,7 @@ async def test_sequences_have_no_gaps(tmp_path: Path) -> None:
         if emitted is not None:
             sequences[emitted.lane].append(emitted.sequence)
     assert sum(map(len, sequences.values())) == 60
-    assert all(found == [*range(1, len(found) + 1)] for found in sequences.values())
+    assert all(map(gapless, sequences.values()))
     assert emitter.counters["refused"] == {"full": 40}
     await emitter.close(0)
 
@@ -231,6 +236,34 @@ def test_fork(log: Log, tmp_path: Path) -> None:
     assert len(found) == len(set(found)) == 300
     assert {one for one in found if one.source != child_first[0]} == own
     assert list(tmp_path.iterdir()) == []
+
+
+FORK_AND_STAY = """
+import json, os, sys
+from tollway.connectors.emitter import Emitter
+emitter = Emitter("127.0.0.1:1", spool_dir=sys.argv[1])
+emitted = emitter.emit(**json.loads(sys.argv[2]))
+if os.fork() == 0:
+    print(json.dumps(emitted), flush=True)
+    sys.stdin.read()
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_living_child_does_not_hold_its_dead_parents_spool(tmp_path: Path) -> None:
+    """The parent is killed with -9, its forked child lives on: a successor can take the parent's spool at once."""
+    command = [sys.executable, "-c", FORK_AND_STAY, str(tmp_path), json.dumps(CALL)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        source = json.loads(parent.stdout.readline())[0]
+        assert Spool.adopt(tmp_path / source, Tally()) is None
+        parent.kill()
+        parent.wait()
+        spool = Spool.adopt(tmp_path / source, Tally())
+        assert spool is not None
+        assert len(spool.take()[0]) == 1
+        spool.abandon()
 
 
 EMIT_FOR_EVER = """
@@ -335,23 +368,25 @@ async def test_broker_away_and_back(tmp_path: Path) -> None:
         broker.start()
         broker.wait_ready()
         log = Log(broker.bootstrap)
-        leaving = emitter_to(log, tmp_path / "spool")
+        staying, leaving = emitter_to(log, tmp_path / "spool"), emitter_to(log, tmp_path / "spool")
+        await asyncio.to_thread(staying.start)  # in a thread of its own
         await leaving.start()
-        async with emitter_to(log, tmp_path / "spool") as emitter:
-            emitted = [one.emit(**call(n)) for n in range(1000) for one in (emitter, leaving)]
-            assert await emitter.flush(30) == await leaving.flush(30) == {}
-            emitted += [one.emit(**call(n)) for n in range(1000) for one in (emitter, leaving)]
-            broker.kill()
-            for n in range(1000):
-                emitted += [one.emit(**call(n)) for one in (emitter, leaving)]
-                await asyncio.sleep(0)
-            assert sum((await emitter.flush(0.2)).values()) > 0
-            async with asyncio.timeout(60):
-                assert sum((await leaving.close(0.2)).values()) > 0
-            broker.start()
-            await asyncio.to_thread(broker.wait_ready)
-            assert await emitter.flush(60) == {}
-            assert emitter.counters["refused"] == leaving.counters["refused"] == {}
+        emitted = [one.emit(**call(n)) for n in range(1000) for one in (staying, leaving)]
+        assert await staying.flush(30) == await leaving.flush(30) == {}
+        emitted += [one.emit(**call(n)) for n in range(1000) for one in (staying, leaving)]
+        broker.kill()
+        for n in range(1000):
+            emitted += [one.emit(**call(n)) for one in (staying, leaving)]
+            await asyncio.sleep(0)
+        assert sum((await staying.flush(0.2)).values()) > 0
+        async with asyncio.timeout(60):
+            assert sum((await leaving.close(0.2)).values()) > 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        broker.start()
+        await asyncio.to_thread(broker.wait_ready)
+        assert await staying.flush(60) == {}
+        assert staying.counters["refused"] == leaving.counters["refused"] == {}
+        await staying.close(10)
         async with emitter_to(log, tmp_path / "spool"):
             await eventually(lambda: len(list((tmp_path / "spool").iterdir())) == 1)
         found = log.identities()
@@ -459,6 +494,7 @@ async def test_another_life_in_the_folder_counts_against_its_limit(tmp_path: Pat
     await second.start()
     await eventually(lambda: second.emit(**CALL) is None)
     assert second.counters["refused"] == {"full": 1}
+    assert second.counters["spooled_bytes"] < 40_000
     await second.close(0)
 
 
@@ -489,6 +525,7 @@ def test_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
     assert counters["refused"] == {"disk": 250 - len(kept)}
     assert None not in emitted[200:]
     assert None in emitted[:200]
+    assert all(gapless([one.sequence for one in kept if one.lane == number]) for number in range(LANES))
     spool = Spool.adopt(tmp_path / kept[0].source, tally := Tally())
     assert spool is not None
     frames, _ = spool.take()

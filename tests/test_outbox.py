@@ -80,6 +80,24 @@ def test_batches_are_filled_and_full_ones_go_first() -> None:
     assert len(set(sizes[:-1])) == 1
 
 
+def test_one_batch_in_flight() -> None:
+    """A partition's next batch waits for the answer to the one before; what is sent takes no more events."""
+    spool, outbox = spool_of([3] * 100), Outbox()
+    outbox.open(2, builder)
+    put_all(outbox, spool)
+    (first,) = outbox.to_send(0.0)
+    assert list(outbox.to_send(0.0)) == []
+    assert not outbox.sendable
+    outbox.done(first)
+    assert outbox.sendable
+    while batches := list(outbox.to_send(0.0)):
+        (last,) = batches
+        marks = len(last.marks)
+        outbox.put(spool, [(1, 101, 5, b"key", b"value")] if last.marks[-1] // LANES == 100 else [], spool.position)
+        assert len(last.marks) == marks
+        outbox.done(last)
+
+
 def test_a_stuck_partition_does_not_stop_the_others() -> None:
     """What a partition without an answer holds counts only against the larger limit, which does stop everything."""
     outbox = Outbox(ahead_bytes=10_000)
