@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def analysts() -> list[Query]:
 
 
 def ask(store: AuditStore, name: str, **parameters: Any) -> list[dict[str, Any]]:
-    """Rows of a question; seconds since 1970 may stand for a DateTime. Raises TypeError where a parameter lacks."""
+    """Rows of a question: money as Decimal, times as datetime in UTC, without zone.
+
+    A time is given as whole seconds since 1970 or as a datetime with a zone. Raises TypeError where a parameter lacks.
+    """
     asked = query(name)
     if parameters.keys() != asked.parameters.keys():
         raise TypeError(f"{name} takes {sorted(asked.parameters)}, not {sorted(parameters)}")
@@ -44,11 +48,20 @@ def ask(store: AuditStore, name: str, **parameters: Any) -> list[dict[str, Any]]
 
 
 def usage_report(store: AuditStore, account: str, since_s: int, until_s: int) -> list[dict[str, Any]]:
-    """An account's accepted usage in [since, until), by operation, principal and status."""
-    return ask(store, "account", account=account, since=since_s, until=until_s)
+    """An account's accepted usage in [since, until), by operation, principal, status and assets; as JSON has it."""
+    rows = ask(store, "account", account=account, since=since_s, until=until_s)
+    return [{name: _readable(value) for name, value in row.items()} for row in rows]
 
 
 def _bound(value: Any, kind: str) -> Any:
-    if kind.startswith("DateTime") and isinstance(value, int):
-        return datetime.fromtimestamp(value, UTC)
+    """A time as its number: the client would write a datetime in the server's zone, whatever the parameter's."""
+    if kind.startswith("DateTime"):
+        at_s = int(value.timestamp()) if isinstance(value, datetime) else value
+        return f"{at_s:010d}"
     return value
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return f"{value.normalize():f}"
+    return value.replace(tzinfo=UTC).isoformat() if isinstance(value, datetime) else value

@@ -1,10 +1,11 @@
 """The analyst's ten questions answer what plain Python computes from the same events."""
 
 import contextlib
+import json
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -69,33 +70,51 @@ def test_who_used_most(asked: tuple[AuditStore, list[Event]]) -> None:
     assert [row["calls"] for row in rows] == sorted(expected.values(), reverse=True)
 
 
+def earned(event: Event) -> bool:
+    """Whether an event has revenue: only what is ok is billed."""
+    return event["status"] == "ok" and event.get("revenue_nano") is not None
+
+
+def margins(events: list[Event], *names: str) -> dict[tuple[Any, ...], tuple[Decimal, Decimal]]:
+    """(…names, asset) → (revenue, cost) in that asset."""
+    found: dict[tuple[Any, ...], list[Decimal]] = defaultdict(lambda: [Decimal(0), Decimal(0)])
+    for event in events:
+        key = tuple(event.get(name) or "" for name in names)
+        if earned(event):
+            found[*key, event["revenue_asset"]][0] += money(event, "revenue")
+        if event.get("cost_nano") is not None:
+            found[*key, event["cost_asset"]][1] += money(event, "cost")
+    return {key: (revenue, cost) for key, (revenue, cost) in found.items()}
+
+
 def test_cost_of_a_run_with_its_sub_runs(asked: tuple[AuditStore, list[Event]]) -> None:
-    """A run's own money, and that of all runs that name it in their path."""
+    """Every run of the tree with its own money and that of all runs below it, by asset; the run asked for comes first."""
     store, events = asked
     mine = [event for event in events if event["account"] == "acme"]
-    own = [event for event in mine if event.get("run") == "r1"]
-    below = [event for event in mine if "r1" in (event.get("path") or ())]
-    rows = {row["part"]: row for row in ask(store, "02_cost_of_a_run", account="acme", run="r1")}
-    for part, some in (("itself", own), ("below it", below)):
-        assert some, "the data must have such events"
-        assert rows[part]["events"] == len(some)
-        assert (rows[part]["cost"] or 0, rows[part]["revenue"] or 0) == (
-            sum(money(event, "cost") for event in some),
-            sum(money(event, "revenue") for event in some),
-        )
+    expected = {}
+    for run in ("r1", "r1.a", "r1.a.x"):
+        tree = [event for event in mine if run in (*(event.get("path") or ()), event.get("run"))]
+        expected |= {(run, *key): sums for key, sums in margins(tree).items()}
+    rows = ask(store, "02_cost_of_a_run", account="acme", run="r1")
+    assert {(row["of_run"], row["asset"]): (row["revenue"], row["cost"]) for row in rows} == expected
+    assert len({asset for _, asset in expected}) == 2, "the data must have two assets"
+    assert all(row["margin"] == row["revenue"] - row["cost"] for row in rows)
+    assert rows[0]["of_run"] == "r1"
 
 
 def test_busiest_operations(asked: tuple[AuditStore, list[Event]]) -> None:
-    """Calls by operation, with a p95 that is one of the latencies measured."""
+    """Calls that ran, by operation, with a p95 that is one of the latencies measured; what was refused ran nowhere."""
     store, events = asked
+    ran = [event for event in events if event["status"] in ("ok", "error")]
     rows = ask(store, "03_busiest_operations", **PERIOD, most=100)
-    expected = grouped(events, "operation", "surface")
+    expected = grouped(ran, "operation", "surface")
     assert {(row["operation"], row["surface"]): row["calls"] for row in rows} == {
         k: calls(v) for k, v in expected.items()
     }
     for row in rows:
         latencies = sorted(event["latency_us"] for event in expected[row["operation"], row["surface"]])
-        assert row["p95_us"] == latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
+        for level, column in ((0.5, "p50_us"), (0.95, "p95_us")):
+            assert row[column] == latencies[min(len(latencies) - 1, int(level * len(latencies)))]
 
 
 def test_last_calls_of_a_principal(asked: tuple[AuditStore, list[Event]]) -> None:
@@ -147,46 +166,80 @@ def test_sessions_by_day(asked: tuple[AuditStore, list[Event]]) -> None:
 
 
 def test_margin_by_model(asked: tuple[AuditStore, list[Event]]) -> None:
-    """Revenue less cost, by asset: two assets are never added."""
+    """Revenue of what is ok, less cost of everything, by asset: two assets are never added."""
     store, events = asked
-    margin: dict[tuple[str, str, str], Decimal] = defaultdict(Decimal)
-    for event in events:
-        for side, sign in (("revenue", 1), ("cost", -1)):
-            if event.get(f"{side}_nano") is not None:
-                key = (event.get("provider") or "", event.get("model") or "", event[f"{side}_asset"])
-                margin[key] += sign * money(event, side)
     rows = ask(store, "08_margin_by_model", **PERIOD)
-    assert {(row["provider"], row["model"], row["asset"]): row["margin"] for row in rows} == dict(margin)
+    found = {(row["provider"], row["model"], row["asset"]): (row["revenue"], row["cost"]) for row in rows}
+    assert found == margins(events, "provider", "model")
+    assert all(row["margin"] == row["revenue"] - row["cost"] for row in rows)
 
 
 def test_agents_by_cost(asked: tuple[AuditStore, list[Event]]) -> None:
-    """What each agent cost."""
+    """What each agent cost, dearest first, and what it earned in that asset."""
     store, events = asked
     costly = [event for event in events if event.get("agent") and event.get("cost_nano") is not None]
     expected = {
-        key: sum(money(event, "cost") for event in some)
+        key: (
+            sum(money(event, "cost") for event in some),
+            sum(money(event, "revenue") for event in some if earned(event) and event["revenue_asset"] == key[2]),
+        )
         for key, some in grouped(costly, "account", "agent", "cost_asset").items()
     }
     rows = ask(store, "09_agents_by_cost", **PERIOD, most=100)
-    assert {(row["account"], row["agent"], row["asset"]): row["cost"] for row in rows} == expected
+    found = {(row["account"], row["agent"], row["asset"]): (row["cost"], row["revenue"] or 0) for row in rows}
+    assert found == expected
+    assert [row["cost"] for row in rows] == sorted((cost for cost, _ in expected.values()), reverse=True)
 
 
 def test_how_it_is_paid(asked: tuple[AuditStore, list[Event]]) -> None:
-    """Invoice where no rail is named; what is not ok is not billed."""
+    """Invoice where no rail is named; what is not ok is not billed; sums by asset."""
     store, events = asked
-    expected = Counter[str]()
+    expected: dict[tuple[str, str], list[Event]] = defaultdict(list)
     for event in events:
-        expected["not billed" if event["status"] != "ok" else event.get("rail") or "invoice"] += 1
-    assert {row["paid_by"]: row["events"] for row in ask(store, "10_how_it_is_paid", **PERIOD)} == dict(expected)
+        paid_by = "not billed" if event["status"] != "ok" else event.get("rail") or "invoice"
+        expected[paid_by, event.get("revenue_asset") or ""].append(event)
+    rows = ask(store, "10_how_it_is_paid", **PERIOD)
+    assert {(row["paid_by"], row["asset"]): (row["events"], row["revenue"] or 0) for row in rows} == {
+        key: (len(some), sum(money(event, "revenue") for event in some)) for key, some in expected.items()
+    }
 
 
 def test_usage_of_an_account(asked: tuple[AuditStore, list[Event]]) -> None:
-    """`tollway usage`: the account's own rows add up to its calls."""
+    """`tollway usage`: the account's own calls and money, by asset, in what JSON has."""
     store, events = asked
     mine = [event for event in events if event["account"] == "acme"]
-    assert sum(row["calls"] for row in usage_report(store, "acme", SINCE_S, UNTIL_S)) == calls(mine)
+    rows = json.loads(json.dumps(usage_report(store, "acme", SINCE_S, UNTIL_S)))
+    assert sum(row["calls"] for row in rows) == calls(mine)
+    for side in ("revenue", "cost"):
+        found: dict[str, Decimal] = defaultdict(Decimal)
+        for row in rows:
+            found[row[f"{side}_asset"]] += Decimal(row[side] or 0)
+        assert {asset: amount for asset, amount in found.items() if asset} == {
+            asset: sum(money(event, side) for event in some)
+            for (asset,), some in grouped(mine, f"{side}_asset").items()
+            if asset
+        }
+    last_s = max(datetime.fromisoformat(row["last_at"]).timestamp() for row in rows)
+    assert last_s == max(event["occurred_at"] for event in mine) / 10**6
+
+
+def test_a_question_refuses_what_it_was_not_asked_with(asked: tuple[AuditStore, list[Event]]) -> None:
+    """A parameter too few is named before anything is asked."""
     with pytest.raises(TypeError, match="takes"):
-        ask(store, "account", account="acme")
+        ask(asked[0], "account", account="acme")
+
+
+def test_a_period_is_in_utc_whatever_the_zone_it_is_given_in(asked: tuple[AuditStore, list[Event]]) -> None:
+    """The same moments as seconds, in UTC or in another zone are the same period, its end not in it."""
+    store, events = asked
+    at_s = events[200]["occurred_at"] // 10**6
+    given: list[tuple[Any, Any]] = [(SINCE_S, at_s)]
+    for zone in (UTC, timezone(timedelta(hours=9))):
+        given.append((datetime.fromtimestamp(SINCE_S, zone), datetime.fromtimestamp(at_s, zone)))
+    expected = sum(event["occurred_at"] < at_s * 10**6 for event in events)
+    for since, until in given:
+        rows = ask(store, "10_how_it_is_paid", since=since, until=until)
+        assert sum(row["events"] for row in rows) == expected > 0
 
 
 def test_the_page_shows_the_queries_that_are_run() -> None:
