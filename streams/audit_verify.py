@@ -73,7 +73,9 @@ def _check_places(report: Report, places: list[Place], checkpoints: Checkpoints 
             continue
         if epoch in epochs:
             end = report.chains.get((epoch, partition), (0, b""))[0]
-            report.add("checkpoint", epoch, partition, 0, max(0, end - 1), "Kafka's log has no such partition")
+            report.add(
+                "checkpoint", epoch, partition, 0, max(0, end - 1), "Kafka has no audit checkpoint of this partition"
+            )
         else:
             report.unproven.append(f"tail of partition {partition} of {epoch}: Kafka has no checkpoint of that log")
 

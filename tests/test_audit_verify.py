@@ -15,7 +15,7 @@ from tests.audit_batches import EPOCH, Log, judge_block, store_of, varied
 from tollway.connectors.clickhouse import MANIFEST_SCHEMA, AuditStore
 from tollway.connectors.embedded.clickhouse import ClickHouseServer
 from tollway.streams import audit_partition
-from tollway.streams.audit import EVENTS_SCHEMA, LOG_SCHEMA, Block
+from tollway.streams.audit import CHAIN_START, EVENTS_SCHEMA, LOG_SCHEMA, Block
 from tollway.streams.audit_compare import differences
 from tollway.streams.audit_report import Fault, Report
 from tollway.streams.audit_verify import verify
@@ -246,6 +246,33 @@ def test_a_deleted_row_is_red(store: AuditStore, blocks: dict[int, list[Block]],
     faults = red(verified(store, blocks), table, at)
     if table != "audit_manifest":
         assert any(str([HIT]) in fault.what for fault in faults)
+
+
+def test_an_older_checkpoint_is_no_fault(pristine: AuditStore, blocks: dict[int, list[Block]]) -> None:
+    """Blocks behind a worker's last checkpoint are proven too; one that stands where no block ends is not met."""
+    block = blocks[0][1]
+    other = {(EPOCH, 1): checkpoints(blocks)[EPOCH, 1]}
+    for older in ((block.last + 1, block.manifest["chain_hash"]), (0, CHAIN_START)):
+        assert verified(pristine, blocks, checkpoints={(EPOCH, 0): older, **other}).ok
+    between = verified(pristine, blocks, checkpoints={(EPOCH, 0): (block.last, block.manifest["chain_hash"]), **other})
+    assert ["where no block ends" in fault.what for fault in between.faults] == [True]
+
+
+def test_a_flipped_bit_is_red_in_every_block(store: AuditStore, blocks: dict[int, list[Block]]) -> None:
+    """One bit of one raw value, wherever it lies, names its block and no other."""
+    flipped = "concat(substring(raw, 1, 7), char(bitXor(ascii(substring(raw, 8, 1)), 1)), substring(raw, 9))"
+    for block in blocks[0][1:]:
+        where = f"kafka_partition = 0 AND kafka_offset = {block.first + 1}"
+        store.command(f"ALTER TABLE usage_log UPDATE raw = {flipped} WHERE {where} SETTINGS mutations_sync = 1")
+    faults = verified(store, blocks).faults
+    assert [(fault.first, fault.last) for fault in faults] == [(block.first, block.last) for block in blocks[0][1:]]
+
+
+def test_a_row_written_over_another_is_red(store: AuditStore, blocks: dict[int, list[Block]]) -> None:
+    """ReplacingMergeTree shows the newest row of a key: one inserted over the true one is found."""
+    row = f"kafka_partition = 0 AND kafka_offset = {HIT}"
+    store.command(f"INSERT INTO usage_log SELECT * REPLACE ('other' AS raw) FROM (SELECT * FROM usage_log WHERE {row})")
+    red(verified(store, blocks), "usage_log")
 
 
 @pytest.mark.parametrize("table", ["usage_log", "usage_events"])
