@@ -114,7 +114,7 @@ class EngineConfig:
     partitions: int
     instance_id: str
     security: dict[str, Any] = field(default_factory=dict)
-    pace_ms: int = 20
+    pace_ms: int = 100
     session_timeout_ms: int = 6_000
     max_poll_interval_ms: int = 300_000
     checkpoint_s: float = 10.0

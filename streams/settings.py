@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         "",
         description="fixed name of this worker's place in its groups; default: a free slot's lock file in the data folder",
     )
-    pace_ms: int = Field(20, ge=1, le=1000, description="shortest time between two turns of a fold's loop")
+    pace_ms: int = Field(100, ge=1, le=1000, description="shortest time between two turns of a fold's loop")
     session_timeout_ms: int = Field(6000, ge=500, description="Kafka group session timeout")
     max_poll_interval_ms: int = Field(300_000, ge=5000, description="Kafka max.poll.interval of a fold's consumer")
     checkpoint_s: float = Field(10.0, gt=0, description="time between two checkpoints of a partition")
