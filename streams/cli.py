@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tollway.connectors.errors import Refused, TollwayError
+from tollway.schemas.evolution import SchemaError
 from tollway.streams import settings as settings_module
 from tollway.streams.settings import Settings
 
@@ -383,11 +384,17 @@ def audit_verify(data: Data = None, as_json: Json = False) -> None:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    for fault in report.get("faults", []):
-        print(fault)
+    for fault in report["faults"]:
+        print(fault["text"])
+    for sentence in report["unproven"]:
+        print(f"not proven: {sentence}")
+    found = (
+        f"{len(report['faults']) + report['more_faults']} faults"
+        if report["faults"]
+        else "no gap, no double, no change"
+    )
     print(
-        ("green: " if report["ok"] else "RED: ")
-        + ", ".join(f"{name} {value}" for name, value in report.items() if isinstance(value, int) and name != "ok")
+        f"{'green' if report['ok'] else 'RED'}: {found} in {report['records']:,} records of {report['blocks']:,} blocks"
     )
 
 
@@ -416,7 +423,7 @@ def main() -> None:
     """Entry point: failures of ours are one sentence and exit 1, Ctrl-C is 130."""
     try:
         app()
-    except TollwayError as error:
+    except (TollwayError, SchemaError) as error:
         sys.stderr.write(f"tollway: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt:
