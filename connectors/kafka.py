@@ -1,6 +1,7 @@
 """Kafka: topics made and checked, topic ids, and the readers and writers that the folds use."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -57,6 +58,17 @@ class Admin:
                 except KafkaException as error:
                     raise Refused(f"topic {name} was not created: {error.args[0].str()}") from error
         return [topic.topic for topic in missing]
+
+    async def new_topic_id(self, topic: str) -> str:
+        """`topic_id` of a topic that may have been created just now: brokers learn of it a moment later."""
+        until = time.monotonic() + ADMIN_TIMEOUT_S
+        while True:
+            try:
+                return await self.topic_id(topic)
+            except Refused:
+                if time.monotonic() > until:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def topic_id(self, topic: str) -> str:
         """The broker's id of a topic: a recreated topic has another one. Raises Refused where there is none."""

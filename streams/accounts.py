@@ -13,8 +13,8 @@ from tollway.schemas.topics import METER_EVENTS, USAGE
 from tollway.streams.batch import REFUSED, Batch, Records
 from tollway.streams.billing import Billing
 from tollway.streams.dead_letters import dead_letter
-from tollway.streams.engine import Message, Send
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.fold import Message, Send
 from tollway.streams.hand import Work, take
 from tollway.streams.judge import cut, judge, log_times
 from tollway.streams.quota import Quota

@@ -12,8 +12,8 @@ from tollway.streams.accounts import check_key, judged_stats
 from tollway.streams.audit import Audit, Block
 from tollway.streams.batch import Batch, Records
 from tollway.streams.cutter import BlockCutter
-from tollway.streams.engine import Send
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.fold import Send
 from tollway.streams.hand import Work, take
 from tollway.streams.judge import cut, judge, log_times
 from tollway.streams.state import PartitionState

@@ -12,7 +12,7 @@ from tollway.streams.audit_report import Report
 from tollway.streams.audit_verify import verify
 from tollway.streams.looks import HOUR_S, check_account
 from tollway.streams.settings import Settings
-from tollway.streams.status import newest_checkpoints
+from tollway.streams.status import checkpoints_of
 from tollway.streams.usage_queries import usage_report
 from tollway.streams.wiring import audit_store
 
@@ -33,7 +33,7 @@ async def verify_audit(settings: Settings, progress: Callable[[str], None]) -> d
     admin = Admin(settings.kafka_bootstrap, settings.admin_security())
     partitions = await log_partitions(admin)
     epoch = epoch_of(await admin.topic_id(USAGE.name))
-    found = await newest_checkpoints(settings, epoch, partitions, ["audit"])
+    found = await checkpoints_of(settings, epoch, partitions, ["audit"])
     chains = {
         (epoch, number): (each.next_offset, each.state["parts"]["audit"]["chain"])
         for (_, number), each in found.items()

@@ -61,7 +61,7 @@ async def create(settings: Settings) -> dict[str, Any]:
         raise Refused("TOLLWAY_PUBLIC_KEY is not that of <data>/control.key: log.open could not be signed")
     admin = Admin(settings.kafka_bootstrap, settings.admin_security())
     created = await admin.create(settings.partitions, settings.replication)
-    epoch = epoch_of(await admin.topic_id(USAGE.name))
+    epoch = epoch_of(await admin.new_topic_id(USAGE.name))
     security = settings.kafka_security()
     log_ends = await ends(settings.kafka_bootstrap, security, USAGE.name, range(settings.partitions))
     empty = [number for number, end in sorted(log_ends.items()) if end == 0]

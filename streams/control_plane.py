@@ -15,7 +15,7 @@ from tollway.streams.bootstrap import new_command_id
 from tollway.streams.directory import Directory
 from tollway.streams.judge import is_command
 from tollway.streams.settings import Settings
-from tollway.streams.status import newest_checkpoints
+from tollway.streams.status import checkpoints_of
 
 
 async def append_command(settings: Settings, account: str, kind: str, body: dict[str, Any]) -> dict[int, int]:
@@ -47,7 +47,7 @@ async def customers(settings: Settings, partitions: int) -> dict[str, str]:
     """account → Stripe customer: of the newest checkpoints, and of the binds in the log behind them."""
     admin = Admin(settings.kafka_bootstrap, settings.admin_security())
     epoch = epoch_of(await admin.topic_id(USAGE.name))
-    found = await newest_checkpoints(settings, epoch, partitions, ["accounts"])
+    found = await checkpoints_of(settings, epoch, partitions, ["accounts"])
     bound: dict[str, str] = {}
     for loaded in found.values():
         accounts = Directory.load(loaded.state["directory"]).accounts

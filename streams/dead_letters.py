@@ -4,7 +4,7 @@ from typing import Any
 
 from tollway.schemas.topics import DEAD_LETTERS, USAGE
 from tollway.streams.batch import Batch
-from tollway.streams.engine import Message
+from tollway.streams.fold import Message
 
 HEADER_BYTES_MAX = 512
 

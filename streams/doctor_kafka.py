@@ -18,7 +18,7 @@ from tollway.streams.control_plane import topics_faults
 from tollway.streams.directory import Directory
 from tollway.streams.examination import CLOCKS_APART_MAX_S, DEADLINE_S, FAILED, Examination, one_line, split
 from tollway.streams.settings import Settings
-from tollway.streams.status import newest_checkpoints
+from tollway.streams.status import checkpoints_of
 from tollway.streams.worker import GROUPS
 
 RECENT_S = 60
@@ -222,7 +222,7 @@ async def _clock(exam: Examination, partitions: int) -> None:
 async def _log(exam: Examination, epoch: str) -> LogFacts:
     """Configuration, keys and meters, of partition 0: what concerns all accounts stands in every partition."""
     cure = "see `tollway status`; the state of partition 0 may be too large to read in time"
-    found = await exam.ask("log", newest_checkpoints(exam.settings, epoch, 1, ["accounts"]), cure)
+    found = await exam.ask("log", checkpoints_of(exam.settings, epoch, 1, ["accounts"]), cure)
     if found is FAILED:
         return LogFacts()
     if not found:

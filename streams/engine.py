@@ -7,102 +7,33 @@ fold thinks is a function of the log; what the engine does with time (pacing, ba
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
-from tollway.connectors.errors import Fatal, Refused, TollwayError, Unavailable
-from tollway.connectors.kafka import CHECKPOINT_TAIL, read_checkpoints, started_producer
+from tollway.connectors.errors import Fatal, TollwayError, Unavailable
+from tollway.connectors.kafka import started_producer
 from tollway.schemas.topics import CHECKPOINTS, TICK_KEY
 from tollway.streams import checkpoint
-from tollway.streams.batch import Records
+from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.fold import Fold, Message
+from tollway.streams.owned import RETRY_FIRST_S, Owned, as_records
 from tollway.streams.state import FOLD_VERSION
 
 log = logging.getLogger(__name__)
 
 FETCH_RECORDS_MAX = 20_000
-STASH_RECORDS_MAX = 40_000
-STASH_BYTES_MAX = 24 * 1024 * 1024
-"""A partition with more fetched and not yet folded than this is paused until it is below again."""
-RETRY_FIRST_S, RETRY_MAX_S = 0.2, 10.0
+RETRY_MAX_S = 10.0
 REVOKE_WAIT_S = 3.0
 LAST_SAVE_S = 1.0
 """A partition that is let go gets so long for its last checkpoint; without it more is read again, nothing else."""
 BLOCKED_RED_S = 30
 CLOCK_AHEAD_MAX_S = 300
 SEND_TIMEOUT_S = 30
-
-
-Message = tuple[str, int | None, bytes | None, bytes | None, Any]
-"""topic, partition, key, value, headers"""
-Send = Callable[[list[Message]], Awaitable[None]]
-
-
-class State(Protocol):
-    """What a fold keeps for a partition."""
-
-    next_offset: int
-
-    def dump(self) -> dict[str, Any]:
-        """As msgpack takes it."""
-
-
-class Fold(Protocol):
-    """One group's thinking and its effects."""
-
-    group: str
-    topic: str
-    ticks: bool
-    fencing: "Fencing | None"
-    """Set where the state is no function of the log: the checkpoint with the highest turn counts then."""
-
-    def load(self, partition: int, state: dict[str, Any]) -> Any:
-        """A partition's state from its dump. Raises Fatal where it is another log's."""
-
-    async def assigned(self, states: dict[int, Any]) -> None:
-        """These partitions are ours from now on."""
-
-    async def revoked(self, partitions: list[int]) -> None:
-        """No longer ours."""
-
-    def ready(self, state: Any, stash: list[ConsumerRecord]) -> int:
-        """How many of the fetched records can be folded now."""
-
-    async def take(self, state: Any, records: Records) -> Any:
-        """Fold records into the state; returns their effects, not yet sent."""
-
-    async def settle(self, effects: list[Any], send: Send) -> None:
-        """Send effects and wait for their acknowledgement. Raises Unavailable to be called again with the same."""
-
-    def settled(self, partition: int, state: Any) -> None:
-        """All effects of the state up to its offset are acknowledged."""
-
-    async def tend(self, states: dict[int, Any]) -> None:
-        """Work that time brings, once a turn."""
-
-    def may_tick(self, state: Any) -> bool:
-        """Whether an idle partition with nothing fetched gets a tick."""
-
-    def stats(self, state: Any) -> dict[str, Any]:
-        """Small figures for `tollway status`, carried in the checkpoint's header."""
-
-
-class Fencing(Protocol):
-    """Checkpoints that a former owner can no longer write."""
-
-    def bind(self, save: Callable[[int], Awaitable[None]]) -> None:
-        """Told once how to save a partition."""
-
-    async def fence(self, partitions: list[int]) -> None:
-        """Shut former owners out, before anything is read."""
-
-    async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
-        """Append one checkpoint's records. Raises Unavailable, or Fatal where somebody else owns the partition."""
 
 
 @dataclass
@@ -120,29 +51,6 @@ class EngineConfig:
     checkpoint_s: float = 10.0
     checkpoint_records: int = 500_000
     tick_idle_s: float = 10.0
-
-
-@dataclass
-class Owned:
-    """A partition that this worker holds."""
-
-    state: Any
-    slot: int
-    turn: int
-    due_at: float
-    stash: list[ConsumerRecord] = field(default_factory=list)
-    stash_bytes: int = 0
-    fetch_next: int = 0
-    since: int = 0
-    unsettled: bool = False
-    checkpointed: int = -1
-    heard_at: float = 0.0
-    stopped: str | None = None
-    retry_at: float = 0.0
-    retry_s: float = RETRY_FIRST_S
-    final: bool = False
-    paused: bool = False
-    size: int = 0
 
 
 class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -266,26 +174,16 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         if owned is None or owned.stopped or not records:
             return
         assert self.consumer is not None
-        if records[0].offset != owned.fetch_next:
-            fresh = [record for record in records if record.offset >= owned.fetch_next]
-            if not fresh or fresh[0].offset != owned.fetch_next:
-                self.consumer.seek(tp, owned.fetch_next)
-                return
-            records = fresh
-        if records[-1].timestamp > self._clock_ms() + CLOCK_AHEAD_MAX_S * 1000:
+        if not owned.put(records, time.monotonic()):
+            self.consumer.seek(tp, owned.fetch_next)
+        elif records[-1].timestamp > self._clock_ms() + CLOCK_AHEAD_MAX_S * 1000:
             self._fatal = Fatal("the broker's clock is more than 5 minutes ahead of this worker's: set the clocks")
-            return
-        owned.stash.extend(records)
-        owned.stash_bytes += sum(len(record.value) for record in records if record.value)
-        owned.fetch_next = records[-1].offset + 1
-        owned.heard_at = time.monotonic()
 
     def _flow(self) -> None:
         """Pause what is full or stopped, resume what is not: getmany goes on either way."""
         assert self.consumer is not None
         for number, owned in self.owned.items():
-            full = len(owned.stash) > STASH_RECORDS_MAX or owned.stash_bytes > STASH_BYTES_MAX
-            wanted = bool(full or owned.stopped)
+            wanted = bool(owned.full or owned.stopped)
             if wanted != owned.paused:
                 owned.paused = wanted
                 tp = TopicPartition(self.fold.topic, number)
@@ -337,17 +235,13 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             count = self.fold.ready(owned.state, owned.stash)
             if not count:
                 return
-            taken = owned.stash[:count]
             owned.unsettled = True
-            effects.append(await self.fold.take(owned.state, as_records(taken)))
+            effects.append(await self.fold.take(owned.state, as_records(owned.stash[:count])))
         except Exception as error:
             log.exception("%s: partition %d cannot go on", self.fold.group, number)
             self._halt(number, f"{type(error).__name__}: {error}")
             return
-        del owned.stash[:count]
-        owned.stash_bytes -= sum(len(record.value) for record in taken if record.value)
-        owned.since += count
-        owned.retry_s = RETRY_FIRST_S
+        owned.drop(count)
         self.events += count
         worked.append(number)
         await asyncio.sleep(0)
@@ -385,11 +279,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         if owned is None or owned.stopped:
             return
         log.error("%s: partition %d stopped: %s", self.fold.group, number, reason)
-        owned.stopped, owned.final = reason, final
-        owned.stash.clear()
-        owned.stash_bytes = 0
-        owned.retry_at = time.monotonic() + owned.retry_s
-        owned.retry_s = min(owned.retry_s * 4, 60.0)
+        owned.stop(reason, time.monotonic(), final=final)
 
     async def _retry_stopped(self) -> None:
         due = [n for n, o in self.owned.items() if o.stopped and not o.final and o.retry_at <= time.monotonic()]
@@ -542,10 +432,12 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         assert self.consumer is not None
         if self.fold.fencing is not None:
             await self.fold.fencing.fence(partitions)
-        found = await self._newest(partitions)
+        groups = {self.fold.group: self.fold.fencing is not None}
+        config = self.config
+        found = await newest_checkpoints(config.bootstrap, config.security, config.epoch, groups, partitions)
         now = time.monotonic()
         for place, number in enumerate(partitions):
-            loaded = found[number]
+            loaded = found.of(self.fold.group, number)
             state = self.fold.load(number, loaded.state)
             stagger_s = self.config.checkpoint_s * (place + 1) / len(partitions)
             self.owned[number] = Owned(
@@ -559,37 +451,6 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 size=loaded.size,
             )
             self.consumer.seek(TopicPartition(self.fold.topic, number), state.next_offset)
-
-    async def _newest(self, partitions: list[int]) -> dict[int, checkpoint.Checkpoint]:
-        """Newest valid checkpoints: looked for in the tail first, then in all there is."""
-        found: dict[int, checkpoint.Checkpoint] = {}
-        seen: dict[int, list[tuple[bytes, bytes]]] = {}
-        for tail in (CHECKPOINT_TAIL, None):
-            missing = [number for number in partitions if number not in found]
-            if not missing:
-                break
-            seen = await read_checkpoints(
-                self.config.bootstrap, self.config.security, missing, tail, committed=self.fold.fencing is not None
-            )
-            for number in missing:
-                newest = checkpoint.newest(
-                    seen[number], self.fold.group, self.config.epoch, number, by_turn=self.fold.fencing is not None
-                )
-                if newest is not None:
-                    found[number] = newest
-        for number in partitions:
-            if number not in found:
-                others = checkpoint.epochs(seen.get(number, []), self.fold.group, number) - {self.config.epoch}
-                raise Refused(
-                    f"group {self.fold.group} has no valid checkpoint for partition {number} of log {self.config.epoch}"
-                    + (
-                        f", only of {', '.join(sorted(others))}: this is another log than the checkpoint's"
-                        if others
-                        else ""
-                    )
-                    + ": run `tollway topics create` for a new log, `tollway rebuild` for an old one"
-                )
-        return found
 
     def _count_loss(self) -> None:
         """aiokafka does not notice a twin with our instance id: they steal from each other for ever."""
@@ -608,14 +469,3 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                     await asyncio.wait_for(part.stop(), 3)
                 except (KafkaError, TimeoutError) as error:
                     log.warning("%s: %s did not stop cleanly: %s", self.fold.group, type(part).__name__, error)
-
-
-def as_records(records: list[ConsumerRecord]) -> Records:
-    """The broker's records as columns."""
-    return Records(
-        offsets=np.array([record.offset for record in records], np.int64),
-        append_ms=np.array([record.timestamp for record in records], np.int64),
-        keys=[record.key for record in records],
-        values=[record.value for record in records],
-        headers=[record.headers for record in records],
-    )

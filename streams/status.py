@@ -3,32 +3,24 @@
 import time
 from typing import Any
 
-from tollway.connectors.kafka import CHECKPOINT_TAIL, Admin, ends, epoch_of, log_partitions, read_checkpoints
+from tollway.connectors.kafka import Admin, ends, epoch_of, log_partitions
 from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
-from tollway.streams import checkpoint
+from tollway.streams.checkpoint import Checkpoint
+from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.settings import Settings
 
 GROUP_TOPICS = {"accounts": USAGE.name, "audit": USAGE.name, "stripe": METER_EVENTS.name}
 
 
-async def newest_checkpoints(
+async def checkpoints_of(
     settings: Settings, epoch: str, partitions: int, groups: list[str]
-) -> dict[tuple[str, int], checkpoint.Checkpoint]:
+) -> dict[tuple[str, int], Checkpoint]:
     """(group, partition) → newest valid checkpoint; those that have none are left out."""
-    found: dict[tuple[str, int], checkpoint.Checkpoint] = {}
-    for tail in (CHECKPOINT_TAIL, None):
-        missing = sorted({n for n in range(partitions) for group in groups if (group, n) not in found})
-        if not missing:
-            break
-        seen = await read_checkpoints(
-            settings.kafka_bootstrap, settings.kafka_security(), missing, tail, committed=True
-        )
-        for number in missing:
-            for group in groups:
-                newest = checkpoint.newest(seen[number], group, epoch, number, by_turn=group == "stripe")
-                if newest is not None:
-                    found[group, number] = newest
-    return found
+    fenced = {group: group == "stripe" for group in groups}
+    newest = await newest_checkpoints(
+        settings.kafka_bootstrap, settings.kafka_security(), epoch, fenced, range(partitions)
+    )
+    return newest.found
 
 
 async def status(settings: Settings) -> dict[str, Any]:
@@ -41,7 +33,7 @@ async def status(settings: Settings) -> dict[str, Any]:
         topic: await ends(settings.kafka_bootstrap, security, topic, range(partitions))
         for topic in (USAGE.name, METER_EVENTS.name, DEAD_LETTERS.name)
     }
-    found = await newest_checkpoints(settings, epoch, partitions, list(GROUP_TOPICS))
+    found = await checkpoints_of(settings, epoch, partitions, list(GROUP_TOPICS))
     now_ms = time.time_ns() // 1_000_000
     groups = {
         group: _group([_row(found.get((group, n)), n, topic_ends[topic][n], now_ms) for n in range(partitions)])
@@ -51,7 +43,7 @@ async def status(settings: Settings) -> dict[str, Any]:
     return {"epoch": epoch, "partitions": partitions, "groups": groups, "dead_letters": letters}
 
 
-def _row(found: checkpoint.Checkpoint | None, number: int, end: int, now_ms: int) -> dict[str, Any]:
+def _row(found: Checkpoint | None, number: int, end: int, now_ms: int) -> dict[str, Any]:
     if found is None:
         return {"partition": number, "end": end, "next_offset": None, "lag": end}
     row = {

@@ -22,8 +22,8 @@ from tollway.schemas import codec
 from tollway.schemas.meter_event import MeterEvent
 from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS
 from tollway.streams.batch import Records
-from tollway.streams.engine import Send
 from tollway.streams.failpoint import Failpoints
+from tollway.streams.fold import Send
 from tollway.streams.hand import Work, take
 from tollway.streams.settings import Settings
 from tollway.streams.stripe_outbox import PENDING_MAX, Outbox

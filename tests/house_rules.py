@@ -14,14 +14,13 @@ TEST_FILE_LINES_MAX = 700
 """Tests of one thing are a list, which is as long as the thing has ways to be."""
 
 LONG_FILES: dict[str, int] = {
-    "streams/cli.py": 450,
-    "streams/engine.py": 625,
+    "streams/engine.py": 475,
 }
 LONG_FUNCTIONS: dict[str, int] = {"streams/judge.py:_admit": 75}
 """The ratchet: what is longer than the ceiling, and how long it may be. Under the ceiling it leaves the list."""
 
 ENTRIES = {
-    "tollway.streams.cli": "the console script",
+    "tollway.streams.console": "the console script",
     "tollway.schemas.money": "for services that price their calls",
 }
 """Modules that nothing of ours imports, and who does."""
