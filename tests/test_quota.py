@@ -134,7 +134,8 @@ def test_a_restart_does_not_show(events: list[dict[str, Any]], at: int, later_s:
     """A state that was dumped and loaded in the middle goes on to the same bytes, evictions and reused numbers included."""
     found, whole = directory(POLICIES), batch(events)
     later = batch(
-        [event | {"occurred_at": event["occurred_at"] + later_s * 10**6} for event in events], append_s=NOW_S + later_s
+        [event | {"occurred_at": event["occurred_at"] + later_s * 10**6} for event in events[::-1]],
+        append_s=NOW_S + later_s,
     )
     at = min(at, len(events))
     straight = folded(found, whole)

@@ -1,5 +1,6 @@
 """The fold's scripts on a real Valkey against a model of dictionaries."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,7 +139,7 @@ def step(client: "redis.Redis[bytes]", model: Lane, operation: tuple[Any, ...]) 
     return None, None
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(OPERATIONS, min_size=1, max_size=25), st.booleans())
 def test_scripts_do_what_the_model_does(client: Any, operations: list[tuple[Any, ...]], opened: bool) -> None:
     """Answers and the whole key space equal the model's after every step, with parts, foreign epochs, holds and sweeps."""
@@ -150,6 +151,68 @@ def test_scripts_do_what_the_model_does(client: Any, operations: list[tuple[Any,
         model.apply(EPOCH, 0, "t0", 0, False, None, NOW_MS, [[], [], [], []])
         model.end(EPOCH, gen, 0)
     for operation in operations:
+        real, wanted = step(client, model, operation)
+        assert real == wanted, operation
+        assert Lane.read(client) == model, operation
+
+
+def likely(dice: random.Random, model: Lane, log: int) -> tuple[Any, ...]:
+    """An operation that mostly gets through: a fold that goes on, its gates, and now and then a fault."""
+    begun = int(model.m.get("begun", "0"))
+    off = begun + dice.choice([0, 0, 1, 1, 2, -1])
+    match dice.choice(["apply"] * 8 + ["hold"] * 3 + ["capture"] * 2 + ["sweep"] * 2 + ["rewrite"]):
+        case "apply":
+            again = dice.random() < 0.3  # the same batch goes on, or its predecessor is missing
+            tok, part = model.m.get("tok", "a"), int(model.m.get("part", "0")) + dice.choice([0, 1, 1, 2])
+            tok, part, off = (
+                (dice.choice([tok, "z"]), max(0, part), dice.choice([begun, off])) if again else ("a", 0, off)
+            )
+            expect = dice.choice(
+                [None, int(model.m.get("off", "0")), int(model.m.get("off", "0")) + dice.choice([0, 0, 0, 1])]
+            )
+            picked = dice.sample(FIELDS, dice.randrange(len(FIELDS)))
+            bare = [field for field in picked if not field[2] or dice.random() < 0.4]
+            totals = [[scope, f"{base} u", dice.choice(["5", str(BIG)])] for scope, base, _ in bare]
+            fresh = [[end, scope, f"{base} u", "7"] for scope, base, end in picked if (scope, base, end) not in bare]
+            closes = dice.sample(["h1", "h2", "h3"], dice.choice([0, 0, 1]))
+            body = [totals, fresh, [["acme", f"v{dice.randrange(3)}", "1"]], closes]
+            return (
+                "apply",
+                EPOCH,
+                off,
+                tok,
+                part,
+                dice.random() < 0.3,
+                expect,
+                log - dice.choice([0, 0, DAY * 1000]),
+                body,
+            )
+        case "hold":
+            fields = [(field, dice.choice([1, BIG])) for field in dice.sample(FIELDS, 3)]
+            return "hold", dice.choice(["h1", "h2", "h3"]), fields, log + dice.choice([0, HOUR * 1000])
+        case "capture":
+            return "capture", dice.choice(["h1", "h2", "h3"]), log
+        case "sweep":
+            return "sweep", dice.choice([1, 10])
+    if model.m.get("state") == "COLD" and dice.random() < 0.7:
+        return "end", EPOCH, True, int(model.m["off"]) + dice.choice([0, 0, 1])
+    return "begin", EPOCH, off
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_long_lives_of_a_lane_follow_the_model(client: Any, seed: int) -> None:
+    """A lane over days of log time, mostly well: batches in parts, holds, expiry, field removal; equal after every step."""
+    dice, log = random.Random(seed), NOW_MS
+    gen, model = ready(client), Lane()
+    model.begin(EPOCH, 0, gen)
+    model.apply(EPOCH, 0, "t0", 0, False, None, NOW_MS, [[], [], [], []])
+    model.end(EPOCH, gen, 0)
+    for _ in range(60):
+        log += dice.choice([0, 1, HOUR * 1000, 12 * HOUR * 1000])
+        if model.m["state"] == "COLD" and dice.random() < 0.6:
+            operation: tuple[Any, ...] = ("end", EPOCH, True, int(model.m["off"]))
+        else:
+            operation = likely(dice, model, log)
         real, wanted = step(client, model, operation)
         assert real == wanted, operation
         assert Lane.read(client) == model, operation
