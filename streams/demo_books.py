@@ -91,7 +91,10 @@ def kafka_book(records: Iterable[ConsumerRecord], letters: set[tuple[int, int]])
     for record in records:
         if record.value is None or (record.partition, record.offset) in letters:
             continue
-        number, event = codec.decode(record.value)
+        try:
+            number, event = codec.decode(record.value)
+        except ValueError:
+            continue  # broken, and not dead-lettered yet: until it is, the sides do not agree
         if codec.catalogue()[number]["record"] != "UsageEvent":
             continue
         identity = (event["source"], lane(event["account"]), event["sequence"])
