@@ -72,7 +72,7 @@ def run_demo(settings: Settings, *, seconds: int, plant_fault: bool, as_json: bo
     if as_json:
         print(json.dumps(answer(books, wrong, seconds)))
     else:
-        Console().print(conclusion(books, wrong))
+        Console(width=None if sys.stdout.isatty() else 120).print(conclusion(books, wrong))
     return 1 if wrong else 0
 
 
