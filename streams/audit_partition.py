@@ -55,7 +55,7 @@ _MANIFEST = f"""
 SELECT first_offset, last_offset, records, block_hash, chain_hash,
     toUnixTimestamp64Milli(first_append) AS first_append, toUnixTimestamp64Milli(last_append) AS last_append
 FROM audit_manifest FINAL WHERE {_IN_PARTITION} AND first_offset >= {{after:UInt64}}
-ORDER BY first_offset LIMIT {MANIFEST_ROWS}
+ORDER BY first_offset LIMIT {{rows:UInt32}}
 """
 _LOG_ROWS = f"""
 SELECT {", ".join(LOG_SCHEMA.names)} FROM usage_log FINAL WHERE {_IN_PARTITION} AND kafka_offset {_BETWEEN}
@@ -127,13 +127,14 @@ class PartitionProof:
         """The manifest in order, MANIFEST_ROWS rows at a time."""
         after = 0
         while True:
-            rows = self._store.arrow(_MANIFEST, **self._where, after=after).to_pylist()
+            rows = self._store.arrow(_MANIFEST, **self._where, after=after, rows=MANIFEST_ROWS).to_pylist()
             if not rows:
                 return
-            yield [_Block(row.pop("first_offset"), row.pop("last_offset"), **row) for row in rows]
-            if len(rows) < MANIFEST_ROWS:
+            page = [_Block(row.pop("first_offset"), row.pop("last_offset"), **row) for row in rows]
+            yield page
+            if len(page) < MANIFEST_ROWS:
                 return
-            after = rows[-1]["first_offset"] + 1
+            after = page[-1].first + 1
 
     def _check_chain(self, page: list[_Block]) -> bool:
         """Gapless from 0, each row chained to the one before; True where the checkpoint's value was met."""

@@ -24,6 +24,7 @@ def verify(
     rejudge: Rejudge | None,
     partitions: int,
     settle_s: float = 10.0,
+    wait: Callable[[float], None] = time.sleep,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Prove no gap, no double and no change, or name where. Reads only; workers may go on meanwhile.
@@ -42,7 +43,7 @@ def verify(
         if progress is not None:
             progress(report.records, total)
     _check_places(report, places, checkpoints)
-    _check_sealed(store, report, ends, settle_s)
+    _check_sealed(store, report, ends, settle_s, wait)
     if rejudge is None:
         report.unproven.append("usage_events: not judged again")
     return report
@@ -80,7 +81,9 @@ def _check_places(report: Report, places: list[Place], checkpoints: Checkpoints 
             report.unproven.append(f"tail of partition {partition} of {epoch}: Kafka has no checkpoint of that log")
 
 
-def _check_sealed(store: AuditStore, report: Report, ends: dict[str, dict[Place, int]], settle_s: float) -> None:
+def _check_sealed(
+    store: AuditStore, report: Report, ends: dict[str, dict[Place, int]], settle_s: float, wait: Callable[[float], None]
+) -> None:
     """Rows that lay beyond the manifest at the start are an insert under way, and sealed soon, or nobody's."""
     give_up = time.monotonic() + settle_s
     while True:
@@ -93,7 +96,7 @@ def _check_sealed(store: AuditStore, report: Report, ends: dict[str, dict[Place,
         ]
         if not beyond or time.monotonic() > give_up:
             break
-        time.sleep(SETTLE_POLL_S)
+        wait(SETTLE_POLL_S)
     for fault in beyond:
         report.add(
             *fault, "rows beyond the newest manifest row: foreign, or of a worker that ended in an insert: start it"

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -344,12 +343,14 @@ def test_rows_of_an_insert_under_way_are_waited_for(store: AuditStore, blocks: d
     store.command(f"DELETE FROM audit_manifest WHERE {row}")
     at = {(EPOCH, 0): (last.first, blocks[0][-2].manifest["chain_hash"]), (EPOCH, 1): checkpoints(blocks)[EPOCH, 1]}
     assert not verified(store, blocks, checkpoints=at).ok
-    seal = threading.Timer(0.1, lambda: store._insert_into("audit_manifest", manifest_of(last), "again"))
-    seal.start()
-    try:
-        assert verified(store, blocks, checkpoints=at, settle_s=30.0).ok
-    finally:
-        seal.join()
+    waits = []
+
+    def seal(wait_s: float) -> None:
+        waits.append(wait_s)
+        store._insert_into("audit_manifest", manifest_of(last), "again")
+
+    assert verified(store, blocks, checkpoints=at, settle_s=60.0, wait=seal).ok
+    assert len(waits) == 1
 
 
 def manifest_of(block: Block) -> pa.Table:
@@ -361,6 +362,7 @@ def test_pages_and_stretches_prove_the_same(
 ) -> None:
     """Read in small pages and hashed in small stretches, the report is the same; progress ends at all records."""
     whole, steps = verified(pristine, blocks), []
+    monkeypatch.setattr(audit_partition, "MANIFEST_ROWS", 3)
     monkeypatch.setattr(audit_partition, "HASHED_ROWS", 40)
     monkeypatch.setattr(audit_partition, "COMPARED_ROWS", 1)
     report = verified(pristine, blocks, progress=lambda done, total: steps.append((done, total)))

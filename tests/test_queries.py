@@ -100,6 +100,9 @@ def test_cost_of_a_run_with_its_sub_runs(asked: tuple[AuditStore, list[Event]]) 
     assert len({asset for _, asset in expected}) == 2, "the data must have two assets"
     assert all(row["margin"] == row["revenue"] - row["cost"] for row in rows)
     assert rows[0]["of_run"] == "r1"
+    inner = ask(store, "02_cost_of_a_run", account="acme", run="r1.a")
+    assert [row for row in inner if row["of_run"] == "r1.a"] == [row for row in rows if row["of_run"] == "r1.a"]
+    assert {row["of_run"] for row in inner} == {"r1.a", "r1.a.x"}
 
 
 def test_busiest_operations(asked: tuple[AuditStore, list[Event]]) -> None:
