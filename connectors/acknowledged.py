@@ -2,8 +2,6 @@
 
 from collections import defaultdict, deque
 
-from tollway.schemas.lane import LANES
-
 REMEMBERED_MAX = 100_000
 """Sequences; older ones are forgotten first."""
 
@@ -32,7 +30,7 @@ class Acknowledged:
 
     def offset(self, source: str, lane: int, sequence: int) -> int | None:
         """None where it is not acknowledged, or no longer remembered."""
-        mark = sequence * LANES + lane
+        mark = sequence << 8 | lane
         for of_source, first, marks in reversed(list(self._batches.get(lane % self._partitions, ()))):
             if of_source == source and mark in marks:
                 return first + marks.index(mark)

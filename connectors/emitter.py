@@ -124,14 +124,14 @@ class Emitter:
             if spool is None:
                 return None
             frame = pack(now_us // 1000, sequence, in_lane, fields["account"].encode(), value)
-            if not self._append(spool, frame, in_lane):
-                return None
-            self._sequences[in_lane] = sequence
-            self._tally.append(in_lane)
+            taken = self._append(spool, frame, in_lane)
+            if taken:
+                self._sequences[in_lane] = sequence
+                self._tally.append(in_lane)
             sender = self._sender
         if sender is not None and sender.idle:
             sender.wake()
-        return Emitted(spool.source, in_lane, sequence)
+        return Emitted(spool.source, in_lane, sequence) if taken else None
 
     def _append(self, spool: Spool, frame: bytes, in_lane: int) -> bool:
         """Make room if need be, then append; what is refused is counted. Under the lock."""
@@ -145,6 +145,7 @@ class Emitter:
             spool.append(frame, in_lane)
         except OSError:
             self._tally.refused["disk"] += 1
+            spool.make_room()
             return False
         return True
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from tollway.connectors.frame import Frame
 from tollway.connectors.spool import Position, Spool
-from tollway.schemas.lane import LANES
 
 AHEAD_BYTES, AHEAD_EVENTS = 1 << 20, 1 << 14
 """Taken ahead of the acknowledgements while all partitions flow."""
@@ -26,7 +25,7 @@ class Batch:
     def __init__(self, spool: Spool, partition: int, position: Position, builder: Any) -> None:
         self.spool, self.partition, self.position, self.builder = spool, partition, position, builder
         self.marks: list[int] = []
-        """sequence × 256 + lane, in the batch's order"""
+        """sequence << 8 | lane, in the batch's order"""
         self.size = 0
         """In bytes, once it is in flight."""
         self.in_flight_since_s = 0.0
@@ -50,14 +49,14 @@ class Outbox:
 
     def put(self, spool: Spool, frames: list[Frame], position: Position) -> None:
         """Frames taken from `position` of a spool, behind all that were put before."""
-        partitions, filling = self.partitions, self._filling[spool]
+        in_partitions, filling = self.partitions - 1, self._filling[spool]  # a power of two
         for appended_ms, sequence, lane, key, value in frames:
-            partition = lane % partitions
+            partition = lane & in_partitions
             batch = filling.get(partition)
             if batch is None or batch.builder.append(timestamp=appended_ms, key=key, value=value) is None:
                 batch = filling[partition] = self._new_batch(spool, partition, position)
                 batch.builder.append(timestamp=appended_ms, key=key, value=value)
-            batch.marks.append(sequence * LANES + lane)
+            batch.marks.append(sequence << 8 | lane)
 
     def _new_batch(self, spool: Spool, partition: int, position: Position) -> Batch:
         batch = Batch(spool, partition, position, self._new_builder())
@@ -95,7 +94,7 @@ class Outbox:
 
     def done(self, batch: Batch) -> None:
         """The broker has it."""
-        batch.spool.settle_sequences({mark % LANES: mark // LANES for mark in batch.marks})
+        batch.spool.settle_sequences({mark & 255: mark >> 8 for mark in batch.marks})
         del self._in_flight[batch.partition]
         self._outstanding[batch.spool].discard(batch)
 

@@ -76,6 +76,7 @@ class Sender:
         self._clock_us, self._fsync_interval_s = clock_us, fsync_interval_s
         self.problem: str | None = None
         """Why nothing is being sent just now."""
+        self._complaint = ""
         self.others_bytes = 0
         """Bytes that other processes have in the folder, as of the last look."""
         self.idle = False
@@ -136,8 +137,12 @@ class Sender:
         while True:
             try:
                 await work()
-            except Exception as error:
-                log.exception("the spool is not looked after: %s", error)
+            except OSError as error:
+                if str(error) != self._complaint:
+                    log.warning("the spool is not looked after: %s", error)
+                self._complaint = str(error)
+            except Exception:
+                log.exception("the spool is not looked after")
             await asyncio.sleep(interval_s)
 
     async def _keep(self) -> None:
@@ -312,7 +317,7 @@ class Sender:
             self._failure = self._failure or error
         else:
             self._outbox.done(batch)
-            self._tally.acknowledge(Counter([mark % lanes.LANES for mark in batch.marks]), own=batch.spool.own)
+            self._tally.acknowledge(Counter([mark & 255 for mark in batch.marks]), own=batch.spool.own)
             offset = answer.result().offset
             if offset >= 0:  # a broker that recognised a duplicate may not know where the first one is
                 self._acknowledged.remember(batch.spool.source, batch.partition, self._partitions, offset, batch.marks)

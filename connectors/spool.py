@@ -159,6 +159,12 @@ class Spool:
             self._segments.append(new)
         return new
 
+    def make_room(self) -> None:
+        """After an append that the disk refused: what is acknowledged gives up its place. Under the emitter's lock."""
+        if self._segments[-1].size and self.all_settled:
+            with suppress(OSError):
+                self._roll()  # the sender deletes the segment behind it
+
     def _new_segment(self, index: int) -> Segment:
         return MemorySegment(index) if self.folder is None else FileSegment(self.folder, index, new=True)
 
@@ -166,8 +172,9 @@ class Spool:
         """The next frames in order, some 64 KiB of them, and where they begin; none when all is read."""
         while True:
             with self._lock:
-                if self._at >= self._reading.size and not self._next_segment():
-                    return [], self.position
+                while self._at >= self._reading.size:  # the next one may be empty still
+                    if not self._next_segment():
+                        return [], self.position
                 segment, at = self._reading, self._at
                 again = self.position < self._furthest
                 self._furthest = max(self._furthest, Position(segment.index, at + 1))  # no longer to be dropped

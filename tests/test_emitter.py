@@ -7,129 +7,26 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
+from tests.usage_log import CALL, NOWHERE, PARTITIONS, Log, call, emitter_to, eventually, identity, in_order
 from tollway.connectors.acknowledged import Acknowledged
 from tollway.connectors.embedded.kafka import KafkaBroker
 from tollway.connectors.emitter import Emitted, Emitter
-from tollway.connectors.emitter_options import default_spool_dir
 from tollway.connectors.errors import Refused
 from tollway.connectors.spool import Spool
 from tollway.connectors.tally import Tally
-from tollway.schemas import codec
 from tollway.schemas.lane import LANES, lane
-from tollway.schemas.topics import USAGE
-from tollway.schemas.usage import FieldError
 
-PARTITIONS = 8
-NOWHERE = "127.0.0.1:1"
 DAY_US = 86_400_000_000
-CALL: dict[str, Any] = {
-    "surface": "mcp", "operation": "search", "account": "acme", "principal_kind": "user", "principal": "u-1",
-    "status": "ok", "latency_us": 1200, "quantities": {"tokens_out": 311},
-}  # fmt: skip
-
-
-def call(n: int) -> dict[str, Any]:
-    return CALL | {"account": f"acct-{n % 40}", "latency_us": n}
-
-
-async def eventually(holds: Callable[[], bool], deadline_s: float = 30.0) -> None:
-    """Wait for a condition; fail at the deadline."""
-    async with asyncio.timeout(deadline_s):
-        while not holds():
-            await asyncio.sleep(0.02)
-
-
-class Log:
-    """A topic of its own, read by confluent-kafka and decoded by fastavro."""
-
-    def __init__(self, bootstrap: str, opened: bool = True) -> None:
-        self.bootstrap, self.name = bootstrap, f"usage-{uuid.uuid4().hex}"
-        self.admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-        self.create()
-        if opened:
-            self.open(range(PARTITIONS))
-
-    def create(self) -> None:
-        self.admin.create_topics([NewTopic(self.name, PARTITIONS, 1, config=USAGE.settings)])[self.name].result(30)
-
-    def open(self, partitions: range) -> None:
-        producer = Producer({"bootstrap.servers": self.bootstrap, "log_level": 0})
-        for partition in partitions:
-            producer.produce(self.name, key=b"*", value=b"", partition=partition)
-        assert producer.flush(30) == 0
-
-    def configure(self, name: str, value: str) -> None:
-        entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
-        resource = ConfigResource(ResourceType.TOPIC, self.name, incremental_configs=[entry])
-        self.admin.incremental_alter_configs([resource])[resource].result(30)
-
-    def read(self) -> list[tuple[int, int, dict[str, Any]]]:
-        """(partition, offset, event) of all that is there."""
-        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "none", "enable.auto.commit": False})
-        places = [TopicPartition(self.name, partition, 0) for partition in range(PARTITIONS)]
-        found = []
-        try:
-            left = {place.partition: consumer.get_watermark_offsets(place, timeout=30)[1] for place in places}
-            consumer.assign(places)
-            while any(left.values()):
-                message = consumer.poll(30)
-                assert message is not None, f"these partitions could not be read to their ends: {left}"
-                assert message.error() is None
-                partition, offset, value = message.partition(), message.offset(), message.value()
-                if offset + 1 == left[partition]:
-                    left[partition] = 0
-                if value:
-                    event = codec.decode(value)[1]
-                    assert message.key() == event["account"].encode()
-                    found.append((partition, offset, event))
-        finally:
-            consumer.close()
-        return sorted(found, key=lambda record: record[:2])
-
-    def identities(self) -> list[Emitted]:
-        """In the order of their offsets, partition by partition."""
-        return [identity(event) for _, _, event in self.read()]
-
-
-def identity(event: dict[str, Any]) -> Emitted:
-    return Emitted(event["source"], lane(event["account"]), event["sequence"])
-
-
-def in_order(identities: list[Emitted]) -> bool:
-    """First appearances of every (source, lane) ascend."""
-    last: dict[tuple[str, int], int] = defaultdict(int)
-    seen: set[Emitted] = set()
-    for one in identities:
-        if one not in seen:
-            if one.sequence < last[one[:2]]:
-                return False
-            last[one[:2]] = one.sequence
-            seen.add(one)
-    return True
-
-
-def gapless(sequences: list[int]) -> bool:
-    return sequences == [*range(1, len(sequences) + 1)]
 
 
 @pytest.fixture
 def log(kafka: str) -> Log:
     return Log(kafka)
-
-
-def emitter_to(log: Log, spool_dir: Path, **options: Any) -> Emitter:
-    return Emitter(log.bootstrap, topic=log.name, spool_dir=spool_dir, **options)
 
 
 async def test_what_is_emitted_is_in_the_log(log: Log, tmp_path: Path) -> None:
@@ -152,44 +49,6 @@ async def test_what_is_emitted_is_in_the_log(log: Log, tmp_path: Path) -> None:
             "quantities": ...
         } or (event["quantities"] == {"calls": 1, "tokens_out": 311})
     assert list(tmp_path.iterdir()) == []
-
-
-async def test_sequences_have_no_gaps(tmp_path: Path) -> None:
-    """Per lane the sequence is 1, 2, 3 …: neither refused content nor a refused append uses one up."""
-    emitter = Emitter(NOWHERE, spool_dir=tmp_path, spool_events_max=60)
-    sequences = defaultdict(list)
-    for n in range(100):
-        with pytest.raises(FieldError, match="latency_us is -5"):
-            emitter.emit(**call(n) | {"latency_us": -5})
-        emitted = emitter.emit(**call(n))
-        if emitted is not None:
-            sequences[emitted.lane].append(emitted.sequence)
-    assert sum(map(len, sequences.values())) == 60
-    assert all(map(gapless, sequences.values()))
-    assert emitter.counters["refused"] == {"full": 40}
-    await emitter.close(0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"source": "0" * 32}, "source is '0+': the emitter sets it"),
-        ({"sequence": 1}, "sequence is 1: the emitter sets it"),
-        ({"colour": "red"}, "colour is 'red': fields are event_id, "),
-        ({"account": None}, "account is None: it is required"),
-        ({"account": "ä"}, "account is 'ä': ids match"),
-        ({"account": 7}, "account is 7: ids match"),
-        ({"quantities": {"calls": 10**13}}, "quantities.calls is 10000000000000: give a whole number from 0 to"),
-        ({"quantities": 5}, "quantities is 5: give a map"),
-    ],
-)
-async def test_invalid_content_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    """What no one could bill is refused at once, naming field, value and bound, and nothing is spooled."""
-    emitter = Emitter(NOWHERE, spool_dir=tmp_path)
-    with pytest.raises(FieldError, match=message):
-        emitter.emit(**CALL | fields)
-    assert emitter.counters["spooled_bytes"] == 0
-    await emitter.close(0)
 
 
 def test_threads(log: Log, tmp_path: Path) -> None:
@@ -456,151 +315,6 @@ async def test_a_missing_topic_is_a_problem_not_an_end(kafka: str, tmp_path: Pat
     assert log.identities() == [emitted]
 
 
-async def test_full_refuses(tmp_path: Path) -> None:
-    """At either limit, bytes or events, with `refuse` new events are refused and counted, old ones kept, no exception."""
-    by_bytes = Emitter(NOWHERE, spool_dir=tmp_path / "a", spool_bytes_max=100_000)
-    emitted = [by_bytes.emit(**call(n)) for n in range(1000)]
-    kept = [one for one in emitted if one is not None]
-    assert kept == emitted[: len(kept)]
-    assert 0 < len(kept) < 1000
-    assert by_bytes.counters["refused"] == {"full": 1000 - len(kept)}
-    assert by_bytes.counters["spooled_bytes"] <= 100_000
-    await by_bytes.close(0)
-
-
-@pytest.mark.parametrize("limit", [{"spool_bytes_max": 100_000}, {"spool_events_max": 300}])
-async def test_full_drops_the_oldest(log: Log, tmp_path: Path, limit: dict[str, int]) -> None:
-    """With `drop_oldest` every new event is taken, the oldest are given up and counted, and the rest is sent."""
-    emitter = emitter_to(log, tmp_path, when_full="drop_oldest", **limit)
-    emitted = [emitter.emit(**call(n)) for n in range(1000)]
-    assert None not in emitted
-    counters = emitter.counters
-    assert counters["dropped"] > 0
-    assert counters["spooled_bytes"] <= 100_000
-    assert counters["waiting"] == 1000 - counters["dropped"] <= 300 or "spool_bytes_max" in limit
-    await emitter.start()
-    assert await emitter.flush(30) == {}
-    await emitter.close(10)
-    assert sorted(log.identities()) == sorted(filter(None, emitted[counters["dropped"] :]))
-
-
-async def test_another_life_in_the_folder_counts_against_its_limit(tmp_path: Path) -> None:
-    """spool_bytes_max is the folder's: what a dead process left in it takes room."""
-    first = Emitter(NOWHERE, spool_dir=tmp_path)
-    for n in range(400):
-        first.emit(**call(n))
-    await first.close(0)
-    second = Emitter(NOWHERE, spool_dir=tmp_path, spool_bytes_max=80_000)
-    await second.start()
-    await eventually(lambda: second.emit(**CALL) is None)
-    assert second.counters["refused"] == {"full": 1}
-    assert second.counters["spooled_bytes"] < 40_000
-    await second.close(0)
-
-
-FULL_DISK = """
-import asyncio, json, resource, sys
-from tollway.connectors.emitter import Emitter
-call = json.loads(sys.argv[2])
-emitter = Emitter("127.0.0.1:1", spool_dir=sys.argv[1])
-def emit(count):
-    return [emitter.emit(**call | {"account": f"acct-{n % 40}"}) for n in range(count)]
-soft = lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-soft(10_000)
-emitted = emit(200)
-soft(resource.RLIM_INFINITY)
-emitted += emit(50)
-print(json.dumps([emitted, emitter.counters]))
-sys.stdout.flush()
-"""
-
-
-def test_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
-    """Where the disk takes no more, even in the middle of a write, events are refused and counted; with room again it goes on, whole."""
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path), json.dumps(CALL)], capture_output=True, text=True, check=True
-    )
-    emitted, counters = json.loads(run.stdout)
-    kept = [Emitted(*one) for one in emitted if one is not None]
-    assert counters["refused"] == {"disk": 250 - len(kept)}
-    assert None not in emitted[200:]
-    assert None in emitted[:200]
-    assert all(gapless([one.sequence for one in kept if one.lane == number]) for number in range(LANES))
-    spool = Spool.adopt(tmp_path / kept[0].source, tally := Tally())
-    assert spool is not None
-    frames, _ = spool.take()
-    assert [(in_lane, sequence) for _, sequence, in_lane, _, _ in frames] == [one[1:] for one in kept]
-    assert (tally.torn, tally.corrupt) == (0, 0)
-    spool.abandon()
-
-
-@pytest.fixture
-def unprivileged() -> Iterator[None]:
-    """File permissions bind: root gives up its rights for the while."""
-    if os.geteuid() == 0:
-        os.seteuid(65534)
-        yield
-        os.seteuid(0)
-    else:
-        yield
-
-
-def test_read_only_folder(tmp_path: Path, unprivileged: None) -> None:
-    """A folder that cannot be written is refused at construction, in one sentence with the cure."""
-    if os.getuid() == 0:
-        os.seteuid(0)
-    folder = tmp_path / "spool"
-    folder.mkdir()
-    for path in (*list(tmp_path.parents)[:2], tmp_path, folder):
-        path.chmod(0o555 if path == folder else 0o755)
-    if os.getuid() == 0:
-        os.seteuid(65534)
-    with pytest.raises(Refused, match=r"spool_dir is '.*spool': Permission denied; give a folder that can be written"):
-        Emitter(NOWHERE, spool_dir=folder)
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    """A spool_dir below a file is refused likewise."""
-    (tmp_path / "file").touch()
-    with pytest.raises(Refused, match=r"spool_dir is '.*file/spool': Not a directory; give a folder"):
-        Emitter(NOWHERE, spool_dir=tmp_path / "file" / "spool")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"durability": "tape"}, "durability is 'tape': give one of disk, memory"),
-        ({"when_full": "panic"}, "when_full is 'panic': give one of refuse, drop_oldest"),
-        ({"spool_bytes_max": 10}, "spool_bytes_max is 10: give at least"),
-        ({"spool_events_max": 0}, "spool_events_max is 0: give at least 8"),
-        ({"fsync_interval_s": 0}, "fsync_interval_s is 0: give seconds above 0, or None"),
-        ({"acks": 1}, "acks is no argument of Emitter"),
-    ],
-)
-def test_wrong_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    """Arguments out of range are refused in one sentence naming argument, value and cure."""
-    with pytest.raises(Refused, match=message):
-        Emitter(NOWHERE, spool_dir=tmp_path, **options)
-
-
-async def test_too_old_is_not_sent(log: Log, tmp_path: Path) -> None:
-    """What has waited in a spool for more than 3 days is counted, not sent; a late event that was just emitted is sent."""
-    now_us = time.time_ns() // 1000
-    old = Emitter(NOWHERE, spool_dir=tmp_path, clock_us=lambda: now_us - 3 * DAY_US - 1_000_000)
-    for n in range(100):
-        old.emit(**call(n))
-    await old.close(0)
-    young = Emitter(NOWHERE, spool_dir=tmp_path, clock_us=lambda: now_us - 2 * DAY_US)
-    emitted = [young.emit(**call(n)) for n in range(100)]
-    await young.close(0)
-    async with emitter_to(log, tmp_path) as emitter:
-        emitted.append(emitter.emit(**CALL | {"occurred_at": now_us - 20 * DAY_US}))
-        await eventually(lambda: emitter.counters["too_old"] == 100 and emitter.counters["resumed"] == 100)
-        assert await emitter.flush(30) == {}
-    assert sorted(log.identities()) == sorted(filter(None, emitted))
-    assert list(tmp_path.iterdir()) == []
-
-
 async def test_source_is_minted_anew_every_day(log: Log, tmp_path: Path) -> None:
     """After 24 h an emitter has another source whose sequences begin at 1; both lives are sent, the old folder removed."""
     clock_us = time.time_ns() // 1000
@@ -620,38 +334,6 @@ async def test_source_is_minted_anew_every_day(log: Log, tmp_path: Path) -> None
     await eventually(lambda: [path.name for path in tmp_path.iterdir()] == [third.source])
     await emitter.close(10)
     assert set(log.identities()) == {first, second, third}
-
-
-async def test_memory(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """durability="memory" sends without a disk, has its limit, and writes nothing."""
-    monkeypatch.setenv("TOLLWAY_SPOOL_DIR", str(tmp_path / "never"))
-    emitter = Emitter(log.bootstrap, topic=log.name, durability="memory", spool_events_max=1000)
-    emitted = [emitter.emit(**call(n)) for n in range(1200)]
-    assert emitter.counters["refused"] == {"full": 200}
-    await emitter.start()
-    assert await emitter.flush(30) == {}
-    assert emitter.counters["spooled_bytes"] == 0
-    await emitter.close(1)
-    assert sorted(log.identities()) == sorted(filter(None, emitted))
-    assert list(tmp_path.iterdir()) == []
-
-
-async def test_fsync_interval(log: Log, tmp_path: Path) -> None:
-    """With fsync_interval_s what was appended reaches the disk without anyone asking."""
-    emitter = Emitter(NOWHERE, spool_dir=tmp_path, fsync_interval_s=0.05)
-    await emitter.start()
-    emitter.emit(**CALL)
-    segment: Any = emitter._spools[0]._segments[0]
-    await eventually(lambda: segment._synced == segment.size > 0)
-    await emitter.close(0)
-
-
-def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TOLLWAY_SPOOL_DIR, else XDG_STATE_HOME, else ~/.local/state."""
-    assert default_spool_dir({"TOLLWAY_SPOOL_DIR": "/a", "XDG_STATE_HOME": "/b"}) == Path("/a")
-    assert default_spool_dir({"XDG_STATE_HOME": "/b"}) == Path("/b/tollway/spool")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_spool_dir({}) == tmp_path / ".local/state/tollway/spool"
 
 
 def test_acknowledged_is_bounded() -> None:

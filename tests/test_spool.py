@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,56 @@ def test_order_over_segments(tmp_path: Path) -> None:
     assert spool.waiting_bytes == 0
     spool.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_new_segment_is_no_damage(tmp_path: Path) -> None:
+    """Read at the moment between a new segment's making and its first frame, a spool has nothing, and nothing wrong."""
+    tally = Tally()
+    spool = made(tmp_path, tally)
+    append(spool, tally, range(200, 203))
+    spool._roll()
+    assert drain(spool) == [frame(n) for n in range(200, 203)]
+    append(spool, tally, range(203, 205))
+    assert drain(spool) == [frame(203), frame(204)]
+    assert (tally.corrupt, tally.lost, list(tmp_path.glob("bad"))) == (0, 0, [])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_appending_and_taking_at_once(tmp_path: Path, in_memory: bool) -> None:
+    """One thread appends over hundreds of segments while another takes and settles: every frame comes, once, in order."""
+    tally, count = Tally(), 10_000 if in_memory else 4_000
+    spool = Spool(SOURCE, None, tally, (1_000, 1 << 30)) if in_memory else made(tmp_path, tally)
+    appender = threading.Thread(target=append, args=(spool, tally, range(count)))
+    appender.start()
+    found: list[Frame] = []
+    while appender.is_alive() or spool.unread:
+        found += drain(spool)
+    assert found == [frame(n) for n in range(count)]
+    assert (tally.corrupt, tally.lost) == (0, 0)
+    spool.close()
+
+
+def test_dropping_and_taking_at_once(tmp_path: Path) -> None:
+    """While one thread appends and gives up the oldest, another takes: what comes is in order, and what does not is counted."""
+    tally, count = Tally(), 6_000
+    spool = made(tmp_path, tally)
+
+    def append_and_drop() -> None:
+        for n in range(0, count, 50):
+            append(spool, tally, range(n, n + 50))
+            while spool.size_bytes > 20_000 and spool.drop_oldest():
+                pass
+
+    appender = threading.Thread(target=append_and_drop)
+    appender.start()
+    found: list[Frame] = []
+    while appender.is_alive() or spool.unread:
+        found += drain(spool)
+    expected = map(frame, range(count))
+    assert all(one in expected for one in found)  # a subsequence
+    assert len(found) + tally.dropped == count
+    assert (tally.corrupt, tally.lost) == (0, 0)
+    spool.close()
 
 
 def test_memory_behaves_the_same(tmp_path: Path) -> None:
