@@ -222,6 +222,7 @@ def test_usage_of_an_account(asked: tuple[AuditStore, list[Event]]) -> None:
             for (asset,), some in grouped(mine, f"{side}_asset").items()
             if asset
         }
+    assert all(row["last_at"].endswith("+00:00") for row in rows)
     last_s = max(datetime.fromisoformat(row["last_at"]).timestamp() for row in rows)
     assert last_s == max(event["occurred_at"] for event in mine) / 10**6
 
