@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,16 @@ DEADLINE_S = 90
 def run(*argv: str | Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     """A command to its end, with the tools of this environment first on its path."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        [str(arg) for arg in argv],
-        env={"PATH": path, "HOME": str(cwd), **(env or {})},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as home:  # what the tools keep there is not for this folder
+        return subprocess.run(
+            [str(arg) for arg in argv],
+            env={"PATH": path, "HOME": home, **(env or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
