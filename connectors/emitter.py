@@ -124,10 +124,13 @@ class Emitter:
             if spool is None:
                 return None
             frame = pack(now_us // 1000, sequence, in_lane, fields["account"].encode(), value)
+            # Claimed first: what a signal handler raises in here may leave a sequence out, never use one twice.
+            self._sequences[in_lane] = sequence
+            self._tally.append(in_lane)
             taken = self._append(spool, frame, in_lane)
-            if taken:
-                self._sequences[in_lane] = sequence
-                self._tally.append(in_lane)
+            if not taken:
+                self._sequences[in_lane] = sequence - 1
+                self._tally.take_back(in_lane)
             sender = self._sender
         if sender is not None and sender.idle:
             sender.wake()
@@ -150,7 +153,7 @@ class Emitter:
         return True
 
     def _is_full(self, spool: Spool, more: int) -> bool:
-        if self._tally.waiting >= self._limits.events_max:
+        if self._tally.waiting > self._limits.events_max:
             return True
         held = spool.size_bytes if len(self._spools) == 1 else sum(s.size_bytes for s in self._spools if s.own)
         others = self._sender.others_bytes if self._sender is not None else 0

@@ -26,7 +26,7 @@ class FileSegment:
         self._reader = -1
         self._writer = -1
         if new:
-            self._writer = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._writer = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.size = 0 if new else self.path.stat().st_size
 
     def append(self, frame: bytes, lane: int) -> None:
@@ -40,7 +40,8 @@ class FileSegment:
             if written > 0:
                 self._cut()
             raise
-        self.size += written
+        # Asked, not added up: what a signal handler raises in here must not make size and file disagree for good.
+        self.size = os.lseek(self._writer, 0, os.SEEK_CUR)
         self.events += 1
         self.by_lane[lane] += 1
 
@@ -54,7 +55,8 @@ class FileSegment:
     def seal(self) -> None:
         """No more is appended."""
         self.sealed = True
-        self._writer = _closed(self._writer)
+        fd, self._writer = self._writer, -1
+        _close(fd)
 
     def read(self, at: int, size: int) -> bytes:
         """Raises OSError."""
@@ -76,7 +78,9 @@ class FileSegment:
 
     def close(self) -> None:
         """Leave the file as it is."""
-        self._writer, self._reader = _closed(self._writer), _closed(self._reader)
+        fds, self._writer, self._reader = (self._writer, self._reader), -1, -1
+        for fd in fds:
+            _close(fd)
 
     def delete(self) -> None:
         """Raises OSError."""
@@ -119,7 +123,6 @@ class MemorySegment:
 Segment = FileSegment | MemorySegment
 
 
-def _closed(fd: int) -> int:
+def _close(fd: int) -> None:
     if fd >= 0:
         os.close(fd)
-    return -1

@@ -154,9 +154,9 @@ class Spool:
     def _roll(self) -> Segment:
         tail = self._segments[-1]
         new = self._new_segment(tail.index + 1)
-        tail.seal()
         with self._lock:
             self._segments.append(new)
+        tail.seal()
         return new
 
     def make_room(self) -> None:
@@ -200,7 +200,7 @@ class Spool:
 
     def _next_segment(self) -> bool:
         """On to the segment behind the one that is read; False where there is none. Under the lock."""
-        if not self._reading.sealed or self._reading is self._segments[-1]:
+        if self._reading is self._segments[-1]:
             return False
         if self._reading.broken:
             self._tally.lose(self._lost(self._reading))

@@ -41,6 +41,11 @@ class Tally:
         self.emitted += 1
         self.emitted_by_lane[lane] += 1
 
+    def take_back(self, lane: int) -> None:
+        """It was refused after all. Under the emitter's lock."""
+        self.emitted -= 1
+        self.emitted_by_lane[lane] -= 1
+
     def acknowledge(self, by_lane: Mapping[int, int], *, own: bool) -> None:
         """The broker has them."""
         with self._lock:

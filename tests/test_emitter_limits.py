@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,43 @@ async def test_sequences_have_no_gaps(tmp_path: Path) -> None:
     assert all(map(gapless, sequences.values()))
     assert emitter.counters["refused"] == {"full": 40}
     await emitter.close(0)
+
+
+class Interrupted(Exception):
+    """What a service's own time limit raises, in the middle of anything."""
+
+
+def test_a_time_limit_that_strikes_inside_emit(tmp_path: Path) -> None:
+    """Exceptions out of a signal handler, at any point of emit(): all that returned is spooled, no identity twice, nothing broken."""
+    emitter = Emitter(NOWHERE, spool_dir=tmp_path, spool_events_max=4000)  # segments of 500: rolling is struck, too
+    returned, struck = [], 0
+
+    def strike(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        for n in range(3000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + n % 40))
+                returned.append(emitter.emit(**call(n)))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                struck += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert struck > 100
+    assert len(returned) > 100
+    assert None not in returned
+    spool = emitter._spools[0]
+    found = []
+    while frames := spool.take()[0]:
+        found += [Emitted(spool.source, in_lane, sequence) for _, sequence, in_lane, _, _ in frames]
+    assert len(found) == len(set(found))
+    assert set(returned) <= set(found)
+    assert emitter.counters["corrupt"] == 0
+    assert emitter.counters["refused"] == {}
 
 
 @pytest.mark.parametrize(
