@@ -42,6 +42,7 @@ class Host:
             f"tollway-folds-{socket.gethostname()}-{os.getpid()}",
             broker=[f"kafka://{server}" for server in settings.kafka_bootstrap.split(",")],
             store="memory://",
+            datadir=str(settings.data / "faust"),  # made at start, never written to
             topic_disable_leader=True,
             topic_replication_factor=settings.replication,
             consumer_auto_offset_reset="earliest",

@@ -15,7 +15,7 @@ from tollway.streams.cutter import BlockCutter
 from tollway.streams.failpoint import Failpoints
 from tollway.streams.fold import Send
 from tollway.streams.hand import Work, take
-from tollway.streams.judge import cut, judge, log_times
+from tollway.streams.judge import judge_block
 from tollway.streams.state import PartitionState
 
 PARTS: dict[str, Any] = {"audit": Audit}
@@ -43,20 +43,6 @@ async def audit(works: AsyncIterable[Work]) -> None:
     """Agent audit."""
     async for work in works:
         take(work, think_audit)
-
-
-def judge_block(state: PartitionState, records: Records) -> list[Batch]:
-    """Judge a block's records in order, as the accounts group judges them."""
-    batches, start = [], 0
-    while start < len(records):
-        rest = records.part(start, len(records))
-        end = cut(state, rest)
-        step = state.step_of(int(log_times(state, rest)[0]))
-        if step != state.step:
-            state.enter(step)
-        batches.append(judge(state, rest.part(0, end)))
-        start += end
-    return batches
 
 
 class AuditFold:

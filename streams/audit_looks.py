@@ -7,9 +7,9 @@ from typing import Any
 
 from tollway.connectors.kafka import Admin, epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
-from tollway.streams.audit_fold import judge_block
 from tollway.streams.audit_report import Report
 from tollway.streams.audit_verify import verify
+from tollway.streams.judge import judge_block
 from tollway.streams.looks import HOUR_S, check_account
 from tollway.streams.settings import Settings
 from tollway.streams.status import checkpoints_of

@@ -122,6 +122,20 @@ def _schema_ids(values: list[bytes | None]) -> npt.NDArray[np.uint32]:
     return np.where(framing[:, 0] == 0, ids, 0).astype(np.uint32)
 
 
+def judge_block(state: PartitionState, records: Records) -> list[Batch]:
+    """Cut and judge records in order, entering each step: as both groups do."""
+    batches, start = [], 0
+    while start < len(records):
+        rest = records.part(start, len(records))
+        end = cut(state, rest)
+        step = state.step_of(int(log_times(state, rest)[0]))
+        if step != state.step:
+            state.enter(step)
+        batches.append(judge(state, rest.part(0, end)))
+        start += end
+    return batches
+
+
 def is_command(value: bytes | None) -> bool:
     """Whether a value's framing names a Command."""
     return value is not None and value[:5] in _COMMAND_HEADERS
@@ -356,7 +370,8 @@ def _checked_command(state: PartitionState, records: Records, log_ms: int) -> di
     if key != account.encode() or home != state.partition:
         raise _CommandRefused("misrouted", f"key {key!r} for account {account!r} in partition {state.partition}")
     headers = dict(records.headers[0])
-    kid, signature = headers.get(HEADER_KEY, b"").decode("ascii", "replace"), headers.get(HEADER_SIGNATURE, b"")
+    kid = (headers.get(HEADER_KEY) or b"").decode("ascii", "replace")  # a header may be null
+    signature = headers.get(HEADER_SIGNATURE) or b""
     opening = command["kind"] == "log.open" and state.directory.config is None
     if not opening and state.directory.config is None:
         raise _CommandRefused("not_open", "it stands before log.open")

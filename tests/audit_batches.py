@@ -16,7 +16,7 @@ from tollway.schemas.ids import uuid7_hex
 from tollway.schemas.topics import BROADCAST, TICK_KEY
 from tollway.streams.audit import Audit, Block
 from tollway.streams.batch import Batch, Records
-from tollway.streams.judge import cut, judge, log_times
+from tollway.streams.judge import judge_block
 from tollway.streams.state import PartitionState
 
 EPOCH = "0:AAAAAAAAAAAAAAAAAAAAAA"
@@ -46,19 +46,6 @@ def event(account: str = "acme", **fields: Any) -> dict[str, Any]:
         "quantities": {"calls": 1},
         **fields,
     }
-
-
-def judge_block(state: PartitionState, records: Records) -> list[Batch]:
-    """Cut and judge, as the engine does."""
-    batches, at = [], 0
-    while at < len(records):
-        rest = records.part(at, len(records))
-        step = state.step_of(int(log_times(state, rest)[0]))
-        if step != state.step:
-            state.enter(step)
-        batches.append(judge(state, rest.part(0, cut(state, rest))))
-        at += len(batches[-1])
-    return batches
 
 
 @dataclass

@@ -66,7 +66,9 @@ def test_the_settings_page_is_the_settings() -> None:
 def test_every_variable_of_the_environment_is_documented() -> None:
     """What any module reads from the environment stands on the settings page."""
     page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
-    used = {name for module in sources(*LAYERS) for name in re.findall(r"TOLLWAY_[A-Z][A-Z_]*[A-Z](?![A-Z_])", module.text)}
+    used = {
+        name for module in sources(*LAYERS) for name in re.findall(r"TOLLWAY_[A-Z][A-Z_]*[A-Z](?![A-Z_])", module.text)
+    }
     assert {name for name in used if f"`{name}`" not in page} == set()
 
 

@@ -25,10 +25,9 @@ from tollway.connectors.errors import Fatal
 from tollway.schemas import codec
 from tollway.schemas.usage import FieldError, check
 from tollway.streams import bounds
-from tollway.streams.audit_fold import judge_block
 from tollway.streams.batch import ACCEPTED, DUPLICATE, REFUSED, TICK
 from tollway.streams.decode import decode_id
-from tollway.streams.judge import cut, judge
+from tollway.streams.judge import cut, judge, judge_block
 from tollway.streams.state import PartitionState
 
 DAY_MS = 86_400_000
@@ -121,6 +120,12 @@ def test_a_command_counts_once() -> None:
     """The same signed command in the log twice is a duplicate the second time."""
     state, again = opened(), command(account_of(0), "customer.bind", {"customer": "cus_1"})
     assert [int(batch.verdict[0]) for batch in judge_block(state, records([again, again]))] == [ACCEPTED, DUPLICATE]
+
+
+def test_a_command_with_null_headers_is_refused() -> None:
+    """Any producer can write null headers: the command is dead-lettered, the partition goes on."""
+    key, value, _, at_ms = command(account_of(0), "account.open", {})
+    assert reason((key, value, (("sig", None), ("kid", None)), at_ms)) == "bad_signature"
 
 
 def test_price_is_recomputed() -> None:
