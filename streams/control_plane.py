@@ -13,7 +13,7 @@ from tollway.schemas.command import DEFAULT_POLICY, CommandError, check_body, pa
 from tollway.schemas.topics import TOPICS, USAGE
 from tollway.streams.bootstrap import new_command_id
 from tollway.streams.directory import Directory
-from tollway.streams.judge import is_command
+from tollway.streams.judge_command import is_command
 from tollway.streams.settings import Settings
 from tollway.streams.status import checkpoints_of
 

@@ -12,23 +12,14 @@ import pyarrow as pa
 
 from tollway.connectors.errors import Fatal
 from tollway.schemas import codec
-from tollway.schemas.command import (
-    HEADER_KEY,
-    HEADER_SIGNATURE,
-    SIGNED_WITHIN_S,
-    CommandError,
-    check_body,
-    parse_body,
-)
 from tollway.schemas.ids import born_ms
-from tollway.schemas.lane import lane, partition
-from tollway.schemas.topics import BROADCAST, TICK_KEY
+from tollway.schemas.lane import lane
+from tollway.schemas.topics import TICK_KEY
 from tollway.schemas.usage import AHEAD_S, LATE_S, SOURCE_AHEAD_S, SOURCE_LIFE_S, UNSEQUENCED_S
 from tollway.streams import bounds
 from tollway.streams.batch import (
     ACCEPTED,
     COMMAND,
-    DUPLICATE,
     POISON,
     RECORDS_MAX,
     REFUSED,
@@ -38,12 +29,9 @@ from tollway.streams.batch import (
     Records,
 )
 from tollway.streams.decode import decode_usage, usage_ids
-from tollway.streams.directory import verified
+from tollway.streams.judge_command import COMMAND_HEADERS, is_command, judge_command
 from tollway.streams.state import PartitionState
 
-_COMMAND_HEADERS = frozenset(
-    codec.header(number) for number, entry in codec.catalogue().items() if entry["record"] == "Command"
-)
 _USAGE_IDS = frozenset(usage_ids())
 
 Reasons = dict[int, tuple[str, str]]
@@ -62,7 +50,7 @@ def cut(state: PartitionState, records: Records) -> int:
     if is_command(records.values[0]):
         return 1
     heads = {value[:5] for value in records.values[:end] if value is not None}
-    if heads & _COMMAND_HEADERS:
+    if heads & COMMAND_HEADERS:
         return next(row for row in range(1, end) if is_command(records.values[row]))
     return end
 
@@ -100,7 +88,7 @@ def judge(state: PartitionState, records: Records) -> Batch:
         schema_ids=ids,
     )
     if kind[0] == COMMAND:
-        command = _command(state, batch, int(times[0]))
+        command = judge_command(state, batch)
     elif len(row):
         _admit(state, batch, times)
     state.log_time_ms, state.next_offset = batch.log_time_ms, int(records.offsets[-1]) + 1
@@ -134,11 +122,6 @@ def judge_block(state: PartitionState, records: Records) -> list[Batch]:
         batches.append(judge(state, rest.part(0, end)))
         start += end
     return batches
-
-
-def is_command(value: bytes | None) -> bool:
-    """Whether a value's framing names a Command."""
-    return value is not None and value[:5] in _COMMAND_HEADERS
 
 
 def _sort_out(
@@ -335,72 +318,3 @@ def _undeclared(state: PartitionState, batch: Batch) -> None:
             for meter, _ in pairs:
                 if meter in strange:
                     batch.undeclared[meter] = batch.undeclared.get(meter, 0) + 1
-
-
-def _command(state: PartitionState, batch: Batch, log_ms: int) -> dict[str, Any] | None:
-    """The command of a batch of one, checked; None where it is refused or known already (the batch says which)."""
-    try:
-        command = _checked_command(state, batch.records, log_ms)
-    except _CommandRefused as refusal:
-        batch.reasons[0] = (refusal.reason, str(refusal)[:300])
-        if refusal.reason == "undecodable":
-            batch.kind[0] = POISON
-        return None
-    if command["command_id"] in state.directory.seen:
-        batch.verdict[0] = DUPLICATE
-        return None
-    batch.verdict[0] = ACCEPTED
-    return command
-
-
-class _CommandRefused(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-def _checked_command(state: PartitionState, records: Records, log_ms: int) -> dict[str, Any]:
-    value, key = records.values[0] or b"", records.keys[0] or b""
-    try:
-        _, command = codec.decode(value)
-    except ValueError as error:
-        raise _CommandRefused("undecodable", str(error)) from error
-    account = command["account"]
-    home = state.partition if account == BROADCAST else partition(lane(account), state.partitions)
-    if key != account.encode() or home != state.partition:
-        raise _CommandRefused("misrouted", f"key {key!r} for account {account!r} in partition {state.partition}")
-    headers = dict(records.headers[0])
-    kid = (headers.get(HEADER_KEY) or b"").decode("ascii", "replace")  # a header may be null
-    signature = headers.get(HEADER_SIGNATURE) or b""
-    opening = command["kind"] == "log.open" and state.directory.config is None
-    if not opening and state.directory.config is None:
-        raise _CommandRefused("not_open", "it stands before log.open")
-    if opening:
-        _check_opening(state, command, signature, value)
-    elif not state.directory.signed_by(kid, signature, value):
-        raise _CommandRefused("bad_signature", f"no valid signature by key {kid!r}")
-    if abs(int(records.append_ms[0]) * 1000 - command["signed_at"]) > SIGNED_WITHIN_S * 1_000_000:
-        raise _CommandRefused("stale_command", "appended more than 10 minutes from when it was signed: sign it again")
-    try:
-        body = parse_body(command["body"])
-        check_body(command["kind"], account, body)
-    except CommandError as error:
-        raise _CommandRefused("bad_command", str(error)) from error
-    if command["kind"] == "log.open" and not opening and command["command_id"] not in state.directory.seen:
-        raise _CommandRefused("bad_command", "this log is open already")
-    if account != BROADCAST and command["kind"] != "account.open" and state.directory.account(account) is None:
-        raise _CommandRefused("unknown_account", f"{account!r} is not open: tollway account open")
-    return {**command, "body": body}
-
-
-def _check_opening(state: PartitionState, command: dict[str, Any], signature: bytes, value: bytes) -> None:
-    """`log.open` is signed by the key it names, and is of this log: whoever can name another key is stopped by settings."""
-    try:
-        body = parse_body(command["body"])
-        check_body("log.open", BROADCAST, body)
-    except CommandError as error:
-        raise _CommandRefused("bad_command", str(error)) from error
-    if not verified(body["public_key"], signature, value):
-        raise _CommandRefused("bad_signature", "log.open is not signed by the key that it names")
-    if body["epoch"] != state.epoch:
-        raise _CommandRefused("bad_command", f"log.open is of epoch {body['epoch']!r}, this log of {state.epoch!r}")

@@ -1,0 +1,96 @@
+"""A command of the log: decoded, in its place, signed, in time, sound, and taken once (design §4)."""
+
+from typing import Any
+
+from tollway.schemas import codec
+from tollway.schemas.command import (
+    HEADER_KEY,
+    HEADER_SIGNATURE,
+    SIGNED_WITHIN_S,
+    CommandError,
+    check_body,
+    parse_body,
+)
+from tollway.schemas.lane import lane, partition
+from tollway.schemas.topics import BROADCAST
+from tollway.streams.batch import ACCEPTED, DUPLICATE, POISON, Batch, Records
+from tollway.streams.directory import verified
+from tollway.streams.state import PartitionState
+
+COMMAND_HEADERS = frozenset(
+    codec.header(number) for number, entry in codec.catalogue().items() if entry["record"] == "Command"
+)
+
+
+def is_command(value: bytes | None) -> bool:
+    """Whether a value's framing names a Command."""
+    return value is not None and value[:5] in COMMAND_HEADERS
+
+
+def judge_command(state: PartitionState, batch: Batch) -> dict[str, Any] | None:
+    """The command of a batch of one, checked; None where it is refused or known already (the batch says which)."""
+    try:
+        command = _checked_command(state, batch.records)
+    except _CommandRefused as refusal:
+        batch.reasons[0] = (refusal.reason, str(refusal)[:300])
+        if refusal.reason == "undecodable":
+            batch.kind[0] = POISON
+        return None
+    if command["command_id"] in state.directory.seen:
+        batch.verdict[0] = DUPLICATE
+        return None
+    batch.verdict[0] = ACCEPTED
+    return command
+
+
+class _CommandRefused(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _checked_command(state: PartitionState, records: Records) -> dict[str, Any]:
+    value, key = records.values[0] or b"", records.keys[0] or b""
+    try:
+        _, command = codec.decode(value)
+    except ValueError as error:
+        raise _CommandRefused("undecodable", str(error)) from error
+    account = command["account"]
+    home = state.partition if account == BROADCAST else partition(lane(account), state.partitions)
+    if key != account.encode() or home != state.partition:
+        raise _CommandRefused("misrouted", f"key {key!r} for account {account!r} in partition {state.partition}")
+    headers = dict(records.headers[0])
+    kid = (headers.get(HEADER_KEY) or b"").decode("ascii", "replace")  # a header may be null
+    signature = headers.get(HEADER_SIGNATURE) or b""
+    opening = command["kind"] == "log.open" and state.directory.config is None
+    if not opening and state.directory.config is None:
+        raise _CommandRefused("not_open", "it stands before log.open")
+    if opening:
+        _check_opening(state, command, signature, value)
+    elif not state.directory.signed_by(kid, signature, value):
+        raise _CommandRefused("bad_signature", f"no valid signature by key {kid!r}")
+    if abs(int(records.append_ms[0]) * 1000 - command["signed_at"]) > SIGNED_WITHIN_S * 1_000_000:
+        raise _CommandRefused("stale_command", "appended more than 10 minutes from when it was signed: sign it again")
+    try:
+        body = parse_body(command["body"])
+        check_body(command["kind"], account, body)
+    except CommandError as error:
+        raise _CommandRefused("bad_command", str(error)) from error
+    if command["kind"] == "log.open" and not opening and command["command_id"] not in state.directory.seen:
+        raise _CommandRefused("bad_command", "this log is open already")
+    if account != BROADCAST and command["kind"] != "account.open" and state.directory.account(account) is None:
+        raise _CommandRefused("unknown_account", f"{account!r} is not open: tollway account open")
+    return {**command, "body": body}
+
+
+def _check_opening(state: PartitionState, command: dict[str, Any], signature: bytes, value: bytes) -> None:
+    """`log.open` is signed by the key it names, and is of this log: whoever can name another key is stopped by settings."""
+    try:
+        body = parse_body(command["body"])
+        check_body("log.open", BROADCAST, body)
+    except CommandError as error:
+        raise _CommandRefused("bad_command", str(error)) from error
+    if not verified(body["public_key"], signature, value):
+        raise _CommandRefused("bad_signature", "log.open is not signed by the key that it names")
+    if body["epoch"] != state.epoch:
+        raise _CommandRefused("bad_command", f"log.open is of epoch {body['epoch']!r}, this log of {state.epoch!r}")
