@@ -1,6 +1,7 @@
 """The Redis view: shows what the fold counts, and heals whatever happens to Redis."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
@@ -97,6 +98,23 @@ async def test_totals_beyond_the_noted_offset_do_not_show(client: Client, views:
     await written(view, log)
     assert shown(client) == log.totals()
     assert meta(client)["off"] == str(log.state.next_offset)
+
+
+async def test_a_fold_that_never_rests_still_shows(client: Client, views: Views) -> None:
+    """Under load the totals are always beyond the noted offset when a turn looks: they are taken at the note itself."""
+    view, log = await views(), Log()
+    await view.assigned({HOME: log.state})
+    assert await view.drained(20)
+    start = log.state.next_offset
+    log.fold(usage())
+    deadline = time.monotonic() + 20
+    while int(meta(client)["off"]) < start + 50:
+        assert time.monotonic() < deadline, meta(client)
+        view.note(HOME, log.state)
+        log.fold(usage(principal=f"u{log.state.next_offset % 7}"))
+        await asyncio.sleep(0.001)
+    await written(view, log)
+    assert shown(client) == log.totals()
 
 
 async def test_log_time_beats_without_usage(client: Client, views: Views) -> None:
