@@ -40,6 +40,8 @@ FAILPOINTS: dict[str, dict[str, range]] = {
 REST_EVERY = 3
 """A supervisor gives up what fails six times in a row: after this many failpoints comes a kill that it is told of."""
 HIT_DEADLINE_S = 120.0
+READY_DEADLINE_S = 120.0
+GONE_DEADLINE_S = 15.0
 LAG_DEADLINE_S = 60.0
 POLL_S = 0.02
 
@@ -139,19 +141,32 @@ class Killer(threading.Thread):
 
     def _strike(self, how: str, following: str) -> None:
         """At a random moment with lag before the worker."""
-        self.stack.wait_ready(self.worker, 90.0)
-        time.sleep(self.random.uniform(0.5, 4.0))
-        self._await_lag()
+        pid = self._running_for(self.random.uniform(0.5, 4.0))
         self._arm(following)
         if how == "SIGKILL":
             self.stack.kill(self.worker)
         else:
-            pid = self.stack.pid(self.worker)
-            if pid is None:
-                raise RuntimeError(f"{self.group} was not running when it was to be asked to stop")
             os.kill(pid, signal.SIGTERM)
         self._note(how)
-        self.stack.wait_ready(self.worker, 90.0)
+        self._await_gone(pid)
+        self.stack.wait_ready(self.worker, READY_DEADLINE_S)
+
+    def _running_for(self, seconds: float) -> int:
+        """Process id of a worker that has been ready for a while and has work before it."""
+        while True:
+            self.stack.wait_ready(self.worker, READY_DEADLINE_S)
+            pid = self.stack.pid(self.worker)
+            time.sleep(seconds)
+            self._await_lag()
+            if pid is not None and pid == self.stack.pid(self.worker):
+                return pid
+
+    def _await_gone(self, pid: int) -> None:
+        until = time.monotonic() + GONE_DEADLINE_S
+        while self.stack.pid(self.worker) == pid:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.worker} still ran {GONE_DEADLINE_S:.0f} s after it was to end")
+            time.sleep(POLL_S)
 
     def _await_lag(self) -> None:
         until = time.monotonic() + LAG_DEADLINE_S
