@@ -311,8 +311,8 @@ def test_the_largest_calls_fit(client: Any) -> None:
     ready(client)
     fields = [text for n in range(1_000) for text in (f"calls h:{n} u", str(BIG))]
     assert apply(client, 1, [[["acme~acct", *fields]], [], [], []])[0] == "OK"
-    assert apply(client, 2, [[], [[NOW_S + HOUR, "acme~acct", *fields]], [], []])[0] == "OK"
-    assert client.zcard(f"{TAG}fx") == client.hlen(f"{TAG}s:acme~acct") == 1_000
+    assert apply(client, 2, [[], [[NOW_S + HOUR, "acme~user:u1", *fields]], [], []])[0] == "OK"
+    assert {client.zcard(f"{TAG}fx"), client.hlen(f"{TAG}s:acme~acct"), client.hlen(f"{TAG}s:acme~user:u1")} == {1_000}
     model = Lane.read(client)
     for n in range(50):
         model.hold(f"h{n}", [("acme~acct", "calls h:0", 1, 0)], NOW_MS)
