@@ -86,8 +86,9 @@ async def test_a_redis_that_may_forget_is_refused(tmp_path: Path) -> None:
 def cluster_port(tmp_path: Path) -> Iterator[int]:
     """A node in cluster mode that owns no slot yet."""
     port = free_port()
-    words = f"--port {port} --bind 127.0.0.1 --cluster-enabled yes --dir {tmp_path} --appendonly no"
-    process = subprocess.Popen([binary(), *words.split()], stdout=subprocess.DEVNULL)
+    # By default the bus takes port + 10,000, which lies among the ports of outgoing connections and may be taken.
+    words = f"--port {port} --bind 127.0.0.1 --cluster-enabled yes --cluster-port {free_port()} --dir {tmp_path}"
+    process = subprocess.Popen([binary(), *words.split(), "--appendonly", "no"], stdout=subprocess.DEVNULL)
     yield port
     process.kill()
     process.wait()
