@@ -45,6 +45,8 @@ EMITTER_DIES_AT, MIDWAY_AT, POISON_AT = 0.35, 0.4, 0.5
 TRAFFIC_DEADLINE_S, SETTLE_DEADLINE_S = 400.0, 240.0
 HELD_BACK = 10
 """Every so manieth of the shuffled records comes a minute after its neighbours: its hole outlives several workers."""
+TRICKLE_SEED = 1_000_000
+"""Beyond any campaign's own seed: two writers of one seed would have one name."""
 TRICKLE = 20
 """Records a second that go on until the last kill, so that every worker dies with work before it."""
 RAIL_FAULTS = {"accept_drop": 5, "accept_500": 5, "500": 5, "drop": 5, "429": 10}
@@ -203,7 +205,7 @@ class Campaign:
                     due.pop(0)[1]()
                 for copy, partition in copies(court.follow(), self.random, COPY_SHARE, writers):
                     raw.write(copy, "copy", partition)
-                for record in shuffled(self.made, raw.written, TRICKLE, time.time_ns() // 1000):
+                for record in shuffled(self.made, TRICKLE_SEED + raw.written, TRICKLE, time.time_ns() // 1000):
                     raw.write(record, "trickle")
                 self.progress(
                     f"{passed:.0f} s: {court.book.records} records, {sum(len(k.kills) for k in killers)} kills"
