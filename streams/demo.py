@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ class Demo:
         self, reports: list[dict[str, Any]], written: int, plant_fault: bool
     ) -> tuple[Books, list[Difference]]:
         """Read all sides until they agree, or for SETTLE_S: windows close, grace passes, deltas are sent."""
-        until, planted = time.monotonic() + SETTLE_S, False
+        until, planted, said = time.monotonic() + SETTLE_S, False, ""
         while True:
             books = Books([services_book(reports, written), *await self._sides()])
             wrong = differences(books)
@@ -226,7 +227,10 @@ class Demo:
                 continue
             if not wrong or planted or time.monotonic() > until:
                 return books, wrong
-            self.progress(f"settling: {len(wrong)} figures still differ, such as {wrong[-1]}")
+            behind = Counter(difference.side for difference in wrong)
+            saying = "settling: " + ", ".join(f"{side} lacks {count} sums" for side, count in behind.items())
+            if saying != said:
+                self.progress(said := saying)
             await asyncio.sleep(SETTLE_POLL_S)
 
     async def _sides(self) -> list[Any]:
