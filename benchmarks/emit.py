@@ -13,14 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from confluent_kafka.admin import AdminClient, NewTopic
-
 from benchmarks.machine import machine, median, report, say
 from tollway.connectors.embedded.kafka import KafkaBroker
 from tollway.connectors.emitter import Emitter
-from tollway.schemas.topics import USAGE
+from tollway.streams import settings as settings_module
+from tollway.streams.bootstrap import create
 
-PARTITIONS = 16
 TURN_S = 0.005
 """The process wakes this often and makes the calls that are due, as a server does."""
 
@@ -92,8 +90,7 @@ def main() -> int:
         try:
             kafka.start()
             kafka.wait_ready()
-            client = AdminClient({"bootstrap.servers": kafka.bootstrap})
-            client.create_topics([NewTopic(USAGE.name, PARTITIONS, 1, config=USAGE.settings)])[USAGE.name].result(15)
+            asyncio.run(create(settings_module.read(data=Path(folder), kafka_bootstrap=kafka.bootstrap)))
             for turn in range(arguments.rounds):
                 for rate in arguments.rates:
                     spool = Path(folder) / f"spool-{turn}-{rate}"
