@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import msgpack
 import numpy as np
@@ -17,8 +16,8 @@ from tollway.streams.windows import IDLE_KEEP_S, SHOWN_S
 ENDING_KINDS = (KIND_CODES["sess"], KIND_CODES["run"])
 """Scopes whose life total ends: 35 days after the last usage."""
 WEIGHT_MAX = 1_000
-CLOSE_WEIGHT = 20
-"""A call carries totals + 20 × closes ≤ 1,000: about a millisecond of Redis (spike-sinks §3)."""
+END_WEIGHT, CLOSE_WEIGHT = 1, 20
+"""A call carries totals + ends + 20 × closes ≤ 1,000: about a millisecond of Redis."""
 
 Lanes = npt.NDArray[np.bool_]
 
@@ -53,10 +52,9 @@ class Lot:
 
 @dataclass(frozen=True)
 class Part:
-    """One call's worth. `body` is msgpack of [totals, fresh, policies, closes] (connectors/lua/apply.lua)."""
+    """One call's worth. `body` is msgpack of [totals, ends, policies, closes] (connectors/lua/apply.lua)."""
 
     body: bytes
-    totals: int
     weight: int
 
 
@@ -113,7 +111,7 @@ def _lots(pieces: list[tuple[Table, Ints]], scopes: Scopes, meters: list[str], t
     end = np.concatenate([_ends(table, slots, scopes, told) for table, slots in pieces])
     scope = key >> METER_BITS
     lane = scopes.lanes[scope]
-    order = np.lexsort((end, scope, lane))
+    order = np.lexsort((scope, lane))
     place, key, lane = place[order], key[order], lane[order]
     labels = [table.labels(meters) for table, _ in pieces]
     names = [scopes.names[number] for number in scope[order].tolist()]
@@ -144,19 +142,32 @@ def parts(lot: Lot, policies: list[list[str]], closes: list[str]) -> Iterator[Pa
     count = 0
     for together, weight in _policy_calls(policies):
         count += 1
-        yield Part(msgpack.packb([[], [], together, []]), 0, weight)
-    last = max(0, len(lot) - 1) // WEIGHT_MAX * WEIGHT_MAX
-    for at in range(0, last, WEIGHT_MAX):
+        yield Part(msgpack.packb([[], [], together, []]), weight)
+    stretches = _stretches(lot.ends)
+    for start, stop, weight in stretches[:-1]:
         count += 1
-        yield Part(_packed(lot, at, at + WEIGHT_MAX, []), WEIGHT_MAX, WEIGHT_MAX)
-    rest = len(lot) - last
-    first = min(len(closes), (WEIGHT_MAX - rest) // CLOSE_WEIGHT)
-    if rest or first or not count:
-        yield Part(_packed(lot, last, len(lot), closes[:first]), rest, rest + first * CLOSE_WEIGHT)
+        yield Part(_packed(lot, start, stop, []), weight)
+    start, stop, weight = stretches[-1]
+    first = min(len(closes), (WEIGHT_MAX - weight) // CLOSE_WEIGHT)
+    if stop > start or first or not count:
+        yield Part(_packed(lot, start, stop, closes[:first]), weight + first * CLOSE_WEIGHT)
     a_call = WEIGHT_MAX // CLOSE_WEIGHT
     for at in range(first, len(closes), a_call):
         some = closes[at : at + a_call]
-        yield Part(msgpack.packb([[], [], [], some]), 0, len(some) * CLOSE_WEIGHT)
+        yield Part(msgpack.packb([[], [], [], some]), len(some) * CLOSE_WEIGHT)
+
+
+def _stretches(ends: list[int]) -> list[tuple[int, int, int]]:
+    """(start, stop, weight) of what fits one call each; at least one stretch, perhaps an empty one."""
+    found: list[tuple[int, int, int]] = []
+    start = weight = 0
+    for at, end in enumerate(ends):
+        more = 1 + (END_WEIGHT if end else 0)
+        if weight + more > WEIGHT_MAX:
+            found.append((start, at, weight))
+            start, weight = at, 0
+        weight += more
+    return [*found, (start, len(ends), weight)]
 
 
 def _policy_calls(policies: list[list[str]]) -> Iterator[tuple[list[list[str]], int]]:
@@ -173,16 +184,17 @@ def _policy_calls(policies: list[list[str]]) -> Iterator[tuple[list[list[str]], 
 
 
 def _packed(lot: Lot, start: int, stop: int, closes: list[str]) -> bytes:
-    """totals: [scope, field, value …] each; fresh: [end, scope, field, value …] each, fields as Redis has them."""
-    totals: list[list[Any]] = []
-    fresh: list[list[Any]] = []
-    current: list[Any] = []
-    at: tuple[str, int] | None = None
+    """totals: [scope, field, value …] each; ends: end, member of `fx` …"""
+    totals: list[list[str]] = []
+    ends: list[int | str] = []
+    current: list[str] = []
+    here = None
     columns = (lot.scopes, lot.fields, lot.values, lot.ends)
     for scope, name, value, end in zip(*(column[start:stop] for column in columns), strict=True):
-        if (scope, end) != at:
-            at = (scope, end)
-            current = [end, scope] if end else [scope]
-            (fresh if end else totals).append(current)
+        if scope != here:
+            here, current = scope, [scope]
+            totals.append(current)
         current += (name, value)
-    return msgpack.packb([totals, fresh, [], closes])  # type: ignore[no-any-return]
+        if end:
+            ends += (end, f"{scope} {name[:-2]}")
+    return msgpack.packb([totals, ends, [], closes])  # type: ignore[no-any-return]

@@ -11,6 +11,13 @@ DAY_MS = 86_400_000
 TAG = "tw:{042}:"
 
 
+def packed(body: list[Any]) -> bytes:
+    """The wire form of [totals, fresh, policies, closes], where fresh are [end, scope, field, value, ...] each."""
+    totals, fresh, policies, closes = body
+    ends = [item for end, scope, *pairs in fresh for name in pairs[::2] for item in (end, f"{scope} {name[:-2]}")]
+    return msgpack.packb([totals + [run[1:] for run in fresh], ends, policies, closes])  # type: ignore[no-any-return]
+
+
 @dataclass
 class Lane:
     """The keys of one lane. Hash values are texts; hold records are lists."""

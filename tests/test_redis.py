@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
 import redis
 
 from tests.batches import NOW_S
+from tests.lane_model import packed
 from tollway.connectors import redis as far_redis
 from tollway.connectors.embedded.process import free_port
 from tollway.connectors.embedded.valkey import ValkeyServer, binary
@@ -37,7 +37,7 @@ async def test_calls_fly_together_and_load_missing_scripts(far: Any) -> None:
     await far.script_flush()
     began = [Answer.read(reply) for reply in await fly(far, [REWRITE_BEGIN.call(n, EPOCH, 0) for n in (1, 2, 3)])]
     assert [answer.word for answer in began] == ["OK"] * 3
-    body = msgpack.packb([[["acme~acct", "calls L:0 u", str(BIG)]], [], [], []])
+    body = packed([[["acme~acct", "calls L:0 u", str(BIG)]], [], [], []])
     replies = await fly(far, [APPLY.call(n, EPOCH, 4, "t", 0, "", "", NOW_MS, body) for n in (1, 2, 9)])
     assert [Answer.read(reply).word for reply in replies] == ["OK", "OK", "LOST"]
     assert await far.hget(f"{tag(2)}s:acme~acct", "calls L:0 u") == str(BIG).encode()
@@ -101,7 +101,7 @@ async def test_a_cluster_node_takes_the_scripts(cluster_port: int) -> None:
     await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
     await until_answers(client, b"cluster_state:ok")
     await fly(client, [REWRITE_BEGIN.call(NUMBER, EPOCH, 0)])
-    body = msgpack.packb([[], [[NOW_S, "acme~acct", "calls h:0 u", "1"]], [["acme", "v", "1"]], ["h1"]])
+    body = packed([[], [[NOW_S, "acme~acct", "calls h:0 u", "1"]], [["acme", "v", "1"]], ["h1"]])
     reply = await fly(client, [APPLY.call(NUMBER, EPOCH, 1, "t", 0, "", "", NOW_MS, body), SWEEP.call(NUMBER, 9)])
     assert reply[0][0] == b"OK"
     assert await client.hget(f"{tag(NUMBER)}s:acme~acct", "calls h:0 u") == b"1"
@@ -129,7 +129,7 @@ async def test_read_quota_tells_used_held_and_limit(far: Any) -> None:
     await fly(far, [REWRITE_BEGIN.call(number, EPOCH, 7)])
     policy = ["acme", "v", "3", "user|calls|h", "10", "user:u2|calls|h", str(BIG)]
     totals = [["acme~user:u1", f"calls h:{NOW_S} u", "4"], ["acme~user:u2", f"calls h:{NOW_S} u", str(BIG)]]
-    body = msgpack.packb([[*totals, ["acme2~acct", "calls L:0 u", "1"]], [], [policy], []])
+    body = packed([[*totals, ["acme2~acct", "calls L:0 u", "1"]], [], [policy], []])
     await fly(far, [APPLY.call(number, EPOCH, 7, "t", 0, "", "", NOW_MS, body)])
     await far.hset(f"{tag(number)}s:acme~user:u1", f"calls h:{NOW_S} h", "2")
     found = await far_redis.read_quota(far, "acme")

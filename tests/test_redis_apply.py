@@ -4,14 +4,13 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import msgpack
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.batches import NOW_S, counts
-from tests.lane_model import TAG, Lane
+from tests.lane_model import TAG, Lane, packed
 from tollway.connectors import redis as far_redis
 from tollway.connectors.embedded.valkey import ValkeyServer
 from tollway.connectors.redis import APPLY, REWRITE_BEGIN, REWRITE_END, SWEEP, Swept
@@ -45,7 +44,7 @@ def apply(client: "redis.Redis[bytes]", off: int, body: list[Any], **other: Any)
     """apply with a batch of one part at its log's present."""
     call = {"epoch": EPOCH, "tok": f"t{off}", "part": 0, "more": "", "expect": "", "log": NOW_MS, **other}
     words = (call["epoch"], off, call["tok"], call["part"], call["more"], call["expect"], call["log"])
-    return tuple(run(client, APPLY, *words, msgpack.packb(body)))
+    return tuple(run(client, APPLY, *words, packed(body)))
 
 
 def begin(client: "redis.Redis[bytes]", off: int = 0, epoch: str = EPOCH) -> list[Any]:
@@ -117,7 +116,7 @@ def step(client: "redis.Redis[bytes]", model: Lane, operation: tuple[Any, ...]) 
     if kind == "apply":
         epoch, off, tok, part, more, expect, log, body = words
         told = ("1" if more else "", "" if expect is None else expect, log)
-        real = run(client, APPLY, epoch, off, tok, part, *told, msgpack.packb(body))
+        real = run(client, APPLY, epoch, off, tok, part, *told, packed(body))
         return tuple(real), model.apply(*words)
     if kind == "begin":
         *real, gates = run(client, REWRITE_BEGIN, *words)

@@ -2,9 +2,9 @@
 --
 -- KEYS  m, the lane's state. All other keys are built from its tag: one cluster slot.
 -- ARGV  epoch, off, tok, part, more ('1' or ''), expect ('' = none), log (ms), body
--- body  msgpack [totals, fresh, policies, closes]; amounts are decimal strings, never Lua numbers
---       totals    [scope, field, value, ...]        absolute; `field` ends in ' u'
---       fresh     [end, scope, field, value, ...]   the same, with the second at which their window ends
+-- body  msgpack [totals, ends, policies, closes]; amounts are decimal strings, never Lua numbers
+--       totals    [scope, field, value, ...]  absolute; `scope` is <account>~<scope>, `field` ends in ' u'
+--       ends      end, '<scope> <field without u>', ...  the second at which a total's window ends, where it must be told
 --       policies  [account, field, value, ...]      replace p:<account>
 --       closes    hold ids: each gives back what it holds; no amounts
 -- gives [word, off found, state, gen, begun]
@@ -42,20 +42,32 @@ for _, policy in ipairs(body[3]) do
   redis.call('HSET', p, unpack(policy, 2))
 end
 
-for _, run in ipairs(body[1]) do
-  redis.call('HSET', tag .. 's:' .. run[1], unpack(run, 2))
-end
-
-local ends = {}
-for _, run in ipairs(body[2]) do
-  local ending, scope = run[1], run[2]
-  if (ending + DAY_S) * 1000 > log_found then -- else sweep has removed the field, and nothing would remove it again
-    redis.call('HSET', tag .. 's:' .. scope, unpack(run, 3))
-    for i = 3, #run, 2 do
-      ends[#ends + 1] = ending
-      ends[#ends + 1] = scope .. ' ' .. string.sub(run[i], 1, -3)
-    end
+-- A field whose window ended a day ago has been swept: it is not made again, for nothing would remove it.
+local totals, ends, swept = body[1], body[2], nil
+for i = 1, #ends, 2 do
+  if (ends[i] + DAY_S) * 1000 <= log_found then
+    swept = swept or {}
+    swept[ends[i + 1]] = true
   end
+end
+if swept then
+  local kept, told = {}, {}
+  for _, run in ipairs(totals) do
+    local some = {run[1]}
+    for i = 2, #run, 2 do
+      if not swept[run[1] .. ' ' .. string.sub(run[i], 1, -3)] then
+        some[#some + 1], some[#some + 2] = run[i], run[i + 1]
+      end
+    end
+    if #some > 1 then kept[#kept + 1] = some end
+  end
+  for i = 1, #ends, 2 do
+    if not swept[ends[i + 1]] then told[#told + 1], told[#told + 2] = ends[i], ends[i + 1] end
+  end
+  totals, ends = kept, told
+end
+for _, run in ipairs(totals) do
+  redis.call('HSET', tag .. 's:' .. run[1], unpack(run, 2))
 end
 if #ends > 0 then redis.call('ZADD', tag .. 'fx', unpack(ends)) end
 
