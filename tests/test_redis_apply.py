@@ -324,6 +324,20 @@ def test_the_largest_calls_fit(client: Any) -> None:
     assert client.hlen(f"{TAG}p:acme") == 3_005
 
 
+def test_a_total_of_a_swept_window_is_not_made_again(client: Any) -> None:
+    """A total whose window ended a day before the lane's log time is left out; a millisecond earlier it is written."""
+    ready(client)
+    end = NOW_S + HOUR
+    body = [[["acme~acct", "calls L:0 u", "1"]], [[end, "acme~acct", "calls h:0 u", "5"]], [], []]
+    apply(client, 1, [[], [], [], []], log=(end + DAY) * 1000 - 1)
+    apply(client, 2, body)
+    assert set(Lane.read(client).s["acme~acct"]) == {"calls L:0 u", "calls h:0 u"}
+    client.delete(f"{TAG}s:acme~acct", f"{TAG}fx")
+    apply(client, 3, [[], [], [], []], log=(end + DAY) * 1000)
+    apply(client, 4, body)
+    assert (set(Lane.read(client).s["acme~acct"]), Lane.read(client).fx) == ({"calls L:0 u"}, {})
+
+
 def test_a_policy_replaces_the_one_before(client: Any) -> None:
     """A limit that the new policy does not have is gone from `p`."""
     ready(client)
