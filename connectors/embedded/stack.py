@@ -154,8 +154,15 @@ class Stack:
         return failed
 
     def kill(self, name: str, *, restart: bool = True) -> None:
-        """kill -9 of one child; the supervisor starts it again unless `restart` is False."""
+        """kill -9 of one child; the supervisor starts it again unless `restart` is False.
+
+        From another process: `outage.hold(data, name, seconds)`.
+        """
         self.supervisor.kill(name, restart=restart)
+
+    def revive(self, name: str) -> None:
+        """Start again what was killed for good or given up."""
+        self.supervisor.revive(name)
 
     def pid(self, name: str) -> int | None:
         return self.supervisor.pid(name)

@@ -1,15 +1,18 @@
 """Keeps named children running: started in order, restarted with back-off, given up loudly, stopped in reverse order."""
 
 import enum
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from tollway.connectors.embedded.process import Child, Process, poll, stop_orphan
+from tollway.connectors.embedded import outage
+from tollway.connectors.embedded.process import Child, Process, poll, stop_orphan, write_atomically
 from tollway.connectors.errors import Fatal, Unavailable
 
-__all__ = ["Child", "State", "Supervisor"]
+__all__ = ["Child", "State", "Supervisor", "children"]
 
 BACK_OFF_S = 0.25  # doubled at each failure in a row
 BACK_OFF_MAX_S = 10.0
@@ -54,6 +57,23 @@ class _Kept:
     def turn(self, state: State) -> None:
         self.state, self.since = state, time.monotonic()
 
+    def shown(self) -> dict[str, Any]:
+        return {
+            "state": self.state.value,
+            "pid": self.process.pid,
+            "restarts": max(0, self.restarts),
+            "reason": "" if self.is_ready else self.reason,
+        }
+
+
+def children(data: Path) -> dict[str, dict[str, Any]]:
+    """name → {state, pid, restarts, reason} of the stack that runs, or last ran, in `data`; empty where none did."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((data / "run" / "children.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
 
 class Supervisor:
     """One thread starts, watches and stops all children: on Linux they end with it, however this process ends.
@@ -70,6 +90,8 @@ class Supervisor:
         self._stopping = self._hurry = False
         self._thread: threading.Thread | None = None
         self._logs_checked = time.monotonic()
+        self._away: dict[str, float] = {}  # name → when it was killed to be held away
+        self._shown: dict[str, Any] = {}
 
     def add(self, children: Iterable[Child]) -> None:
         """Start them as soon as what they come after is ready. The first call stops what an earlier run left behind."""
@@ -81,6 +103,7 @@ class Supervisor:
                     raise Fatal(f"{child.name} comes after {missing[0]}, which is not added before it")
                 self._kept[child.name] = _Kept(child, self._data)
             if self._thread is None:
+                outage.release_all(self._data)
                 for pid_file in sorted((self._data / "run").glob("*.pid")):
                     if stop_orphan(pid_file):
                         self._say(f"{pid_file.stem}: stopped the process that an earlier run left behind")
@@ -166,8 +189,37 @@ class Supervisor:
                 self._changed.notify_all()
                 self._changed.wait(STARTING_TICK_S if busy else TICK_S)
             self._probe()
+            self._follow_outages()
             self._bound_logs()
+            self._show()
         self._stop_all()
+        self._show()
+
+    def _follow_outages(self) -> None:
+        """Kill what is to be away, start again what no longer is."""
+        now, held = time.monotonic(), outage.held(self._data)
+        for name, seconds in held.items():
+            if name not in self._away:
+                if name in self._kept:
+                    self._away[name] = now
+                    self.kill(name, restart=False)
+                    self._say(f"{name}: killed and held away")
+            elif now >= self._away[name] + seconds:
+                outage.release(self._data, name)
+        for name in [name for name in self._away if name not in held]:
+            del self._away[name]
+            self.revive(name)
+
+    def _show(self) -> None:
+        """What `children` reads, when it changed."""
+        with self._changed:
+            shown = {name: kept.shown() for name, kept in self._kept.items()}
+        if shown != self._shown:
+            self._shown = shown
+            try:
+                write_atomically(self._data / "run" / "children.json", json.dumps(shown, indent=1) + "\n")
+            except OSError as e:
+                self._say(f"children.json cannot be written: {e}")
 
     def _advance(self, kept: _Kept) -> None:
         """The next state, from what the process does. Under the lock, so nothing here waits."""
