@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,14 @@ OUTAGES = ("closed", "open", "lease")
 LIMIT_MAX = 9 * 10**18
 METERS_COUNTED_MAX = 32
 LIMITS_MAX = 1_000
+BINDINGS_MAX = 10_000
+"""Principals bound to one account, those unbound within the last 35 days among them."""
+BOUND_SCOPES_MAX = 4
+OPERATIONS_MAX = 64
+TEXT_MAX = 256
+PRINCIPAL_KINDS = ("user", "client")
+BOUND_SCOPES = ("agent",)
+"""Scope kinds that a principal may be bound to; its account and its own scope are always there."""
 SECONDS_MAX = 366 * 86_400
 
 DEFAULT_POLICY: dict[str, Any] = {
@@ -61,7 +70,8 @@ class LogConfig:
 def check_body(kind: str, account: str, body: dict[str, Any]) -> None:
     """Refuse a command that the fold would refuse. Raises CommandError naming field, value and cure.
 
-    Kinds: log.open, key.add, meter.add, price.add (broadcast); account.open, customer.bind, policy.set (an account's).
+    Kinds: log.open, key.add, meter.add, price.add (broadcast); an account's: account.open, account.freeze,
+    account.unfreeze, customer.bind, policy.set, principal.bind, principal.unbind, run.close, session.close.
     """
     rule = _RULES.get(kind)
     if rule is None:
@@ -152,6 +162,40 @@ def _customer_bind(body: dict[str, Any]) -> None:
         raise CommandError(f"customer is {body['customer']!r}: give Stripe's customer id, such as cus_123")
 
 
+def _reason(body: dict[str, Any]) -> None:
+    if "reason" in body:
+        _short(body, "reason")
+
+
+def _principal(body: dict[str, Any]) -> None:
+    """Whose token: the issuer's `iss`, and the `sub` of a user or the `client_id` of a client."""
+    _short(body, "issuer")
+    if body.get("kind") not in PRINCIPAL_KINDS:
+        raise CommandError(f"kind is {body.get('kind')!r}: give one of {', '.join(PRINCIPAL_KINDS)}")
+    _short(body, "subject")
+
+
+def _principal_bind(body: dict[str, Any]) -> None:
+    _principal(body)
+    if not ID.fullmatch(_text(body, "principal")):
+        raise CommandError(f"principal is {body['principal']!r}: ids match {ID.pattern}")
+    for scope in _texts(body, "scopes", BOUND_SCOPES_MAX):
+        kind, _, name = scope.partition(":")
+        if kind not in BOUND_SCOPES or not ID.fullmatch(name):
+            raise CommandError(f"scopes has {scope!r}: give {' or '.join(BOUND_SCOPES)}:id, such as agent:helpdesk")
+    for operation in _texts(body, "operations", OPERATIONS_MAX):
+        if not _OPERATIONS.fullmatch(operation):
+            raise CommandError(f"operations has {operation!r}: give an operation's name, or its beginning and *")
+
+
+def _ended(name: str) -> Callable[[dict[str, Any]], None]:
+    def check(body: dict[str, Any]) -> None:
+        if not ID.fullmatch(_text(body, name)):
+            raise CommandError(f"{name} is {body[name]!r}: ids match {ID.pattern}")
+
+    return check
+
+
 def _policy_set(body: dict[str, Any]) -> None:
     for row in _rows(body, "counts", METERS_COUNTED_MAX, "meter, windows, scopes", required=True):
         _meter(row, "meter")
@@ -198,6 +242,18 @@ def _text(body: dict[str, Any], name: str) -> str:
     return value
 
 
+def _short(body: dict[str, Any], name: str) -> None:
+    if len(_text(body, name)) > TEXT_MAX:
+        raise CommandError(f"{name} is {len(body[name])} characters long: give at most {TEXT_MAX}")
+
+
+def _texts(body: dict[str, Any], name: str, most: int) -> list[str]:
+    values = body.get(name, [])
+    if not isinstance(values, list) or len(values) > most or any(not isinstance(value, str) for value in values):
+        raise CommandError(f"{name} is {values!r}: give a list of at most {most} texts")
+    return values
+
+
 def _whole(body: dict[str, Any], name: str, least: int, most: int, prefix: str = "") -> None:
     value = body.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -217,6 +273,7 @@ def _subset(row: dict[str, Any], name: str, allowed: tuple[str, ...]) -> None:
 
 
 _KEY_HEX = re.compile(r"[0-9a-f]{64}")
+_OPERATIONS = re.compile(r"[^\x00-\x1f*]{0,127}[^\x00-\x1f]")
 
 # kind → (broadcast, fields of the body, check)
 _RULES = {
@@ -225,7 +282,13 @@ _RULES = {
     "meter.add": (True, ("meter", "event_name"), _meter_add),
     "price.add": (True, ("price_ref", "asset", "unit_nano"), _price_add),
     "account.open": (False, ("name",), _account_open),
+    "account.freeze": (False, ("reason",), _reason),
+    "account.unfreeze": (False, ("reason",), _reason),
     "customer.bind": (False, ("customer",), _customer_bind),
     "policy.set": (False, tuple(DEFAULT_POLICY), _policy_set),
+    "principal.bind": (False, ("issuer", "kind", "subject", "principal", "scopes", "operations"), _principal_bind),
+    "principal.unbind": (False, ("issuer", "kind", "subject"), _principal),
+    "run.close": (False, ("run",), _ended("run")),
+    "session.close": (False, ("session",), _ended("session")),
 }
 KINDS = tuple(_RULES)

@@ -66,8 +66,8 @@ def think_quota(subject: Step | Fact) -> None:
         part.on_step(subject.step_time_s)
     elif subject.batch.command is None:
         part.fold(subject.state.directory, subject.batch)
-    elif subject.batch.command["kind"] in ("policy.set", "account.open"):
-        part.on_command(subject.state.directory, subject.batch.command["account"])
+    else:
+        part.on_command(subject.state.directory, subject.batch.command)
 
 
 def think_billing(subject: Step | Fact) -> list[MeterEvent]:

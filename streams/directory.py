@@ -1,13 +1,28 @@
 """The directory: keys, meters, prices and accounts, folded from commands at their offsets. One a partition."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from tollway.schemas.command import DEFAULT_POLICY, REMEMBERED_S, LogConfig
+from tollway.schemas.command import BINDINGS_MAX, DEFAULT_POLICY, REMEMBERED_S, LogConfig
+
+Token = tuple[str, str, str]
+"""Issuer, kind (user or client), subject: whose bearer token it is."""
+
+
+@dataclass
+class Binding:
+    """Who a token's bearer is. `principal` is None once it is unbound: remembered 35 days, so that every reader hears it."""
+
+    principal: str | None
+    scopes: list[str]
+    operations: list[str]
+    at_ms: int
+    offset: int
+    """Where the command stands: the later of two wins."""
 
 
 @dataclass
@@ -18,6 +33,10 @@ class Account:
     customer: str | None = None
     policy_own: dict[str, Any] | None = None
     policy_version: int = 0
+    frozen: bool = False
+    bindings: dict[Token, Binding] = field(default_factory=dict)
+    signed: dict[str, list[Any]] = field(default_factory=dict)
+    """kind → [key id, command id, append time (ms), offset] of the last command of each kind: who changed what."""
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -44,12 +63,33 @@ class Directory:
             found = self.accounts[name] = Account()
         return found
 
+    def refusal(self, kind: str, account: str, body: dict[str, Any]) -> tuple[str, str] | None:
+        """(reason, detail) where an account's command has a sound body, but nothing here to change."""
+        found = self.account(account)
+        if found is None:
+            return (
+                None
+                if kind == "account.open"
+                else ("unknown_account", f"{account!r} is not open: tollway account open")
+            )
+        if kind == "principal.bind" and len(found.bindings) >= BINDINGS_MAX and token(body) not in found.bindings:
+            return (
+                "too_many_bindings",
+                f"{account!r} has {BINDINGS_MAX} principals: unbind some, or use another account",
+            )
+        if kind == "principal.unbind" and token(body) not in found.bindings:
+            return (
+                "bad_command",
+                f"{body['kind']} {body['subject']!r} of {body['issuer']!r} is not bound to {account!r}",
+            )
+        return None
+
     def signed_by(self, kid: str, signature: bytes, value: bytes) -> bool:
         """Whether `signature` is Ed25519 over `value` by the key that the log calls `kid`."""
         public = self.keys.get(kid)
         return public is not None and verified(public, signature, value)
 
-    def apply(self, command: dict[str, Any], append_ms: int) -> None:
+    def apply(self, command: dict[str, Any], append_ms: int, offset: int) -> None:
         """Take an accepted command in. Its body was checked by `schemas.command.check_body`."""
         self.seen[command["command_id"]] = append_ms
         kind, body, account = command["kind"], command["body"], command["account"]
@@ -62,20 +102,20 @@ class Directory:
             self.meters[body["meter"]] = body.get("event_name")
         elif kind == "price.add":
             self.prices.setdefault(body["price_ref"], {"asset": body["asset"], "unit_nano": body["unit_nano"]})
-        elif kind == "account.open":
-            self.accounts.setdefault(account, Account()).name = body.get("name", "")
-        elif kind == "customer.bind":
-            self.accounts[account].customer = body["customer"]
-        elif kind == "policy.set":
-            opened = self.accounts[account]
-            opened.policy_own = {**DEFAULT_POLICY, **body}
-            opened.policy_version += 1
+        else:
+            opened = self.accounts.setdefault(account, Account())
+            opened.signed[kind] = [command.get("kid", ""), command["command_id"], append_ms, offset]
+            _change(opened, kind, body, append_ms, offset)
 
     def forget(self, now_ms: int) -> None:
         """Drop command ids that are past their 35 days: `stale_command` refuses them by then."""
         old = now_ms - REMEMBERED_S * 1000
         for command_id in [known for known, at in self.seen.items() if at < old]:
             del self.seen[command_id]
+        for account in self.accounts.values():
+            gone = [token for token, bound in account.bindings.items() if bound.principal is None and bound.at_ms < old]
+            for unbound in gone:
+                del account.bindings[unbound]
 
     def dump(self) -> dict[str, Any]:
         """The state, as msgpack takes it."""
@@ -85,7 +125,15 @@ class Directory:
             "meters": self.meters,
             "prices": self.prices,
             "accounts": {
-                name: [account.name, account.customer, account.policy_own, account.policy_version]
+                name: [
+                    account.name,
+                    account.customer,
+                    account.policy_own,
+                    account.policy_version,
+                    account.frozen,
+                    [[*token, *vars(bound).values()] for token, bound in account.bindings.items()],
+                    account.signed,
+                ]
                 for name, account in self.accounts.items()
             },
             "seen": self.seen,
@@ -98,8 +146,31 @@ class Directory:
         directory.config = LogConfig(**state["config"]) if state["config"] else None
         directory.keys, directory.meters = state["keys"], state["meters"]
         directory.prices, directory.seen = state["prices"], state["seen"]
-        directory.accounts = {name: Account(*fields) for name, fields in state["accounts"].items()}
+        for name, (*plain, bindings, signed) in state["accounts"].items():
+            bound = {tuple(entry[:3]): Binding(*entry[3:]) for entry in bindings}
+            directory.accounts[name] = Account(*plain, bindings=bound, signed=signed)
         return directory
+
+
+def token(body: dict[str, Any]) -> Token:
+    """Whose token a `principal.bind` or `principal.unbind` names."""
+    return body["issuer"], body["kind"], body["subject"]
+
+
+def _change(account: Account, kind: str, body: dict[str, Any], append_ms: int, offset: int) -> None:
+    if kind == "account.open":
+        account.name = body.get("name", "")
+    elif kind == "customer.bind":
+        account.customer = body["customer"]
+    elif kind == "policy.set":
+        account.policy_own = {**DEFAULT_POLICY, **body}
+        account.policy_version += 1
+    elif kind in ("account.freeze", "account.unfreeze"):
+        account.frozen = kind == "account.freeze"
+    elif kind in ("principal.bind", "principal.unbind"):
+        account.bindings[token(body)] = Binding(
+            body.get("principal"), body.get("scopes", []), body.get("operations", []), append_ms, offset
+        )
 
 
 def verified(public_key: str, signature: bytes, value: bytes) -> bool:

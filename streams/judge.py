@@ -98,7 +98,7 @@ def judge(state: PartitionState, records: Records) -> Batch:
         state.undeclared[meter] = state.undeclared.get(meter, 0) + count
     if command is not None:
         batch.command = command
-        state.directory.apply(command, int(records.append_ms[0]))
+        state.directory.apply(command, int(records.append_ms[0]), int(records.offsets[0]))
     return batch
 
 

@@ -78,9 +78,9 @@ def _checked_command(state: PartitionState, records: Records) -> dict[str, Any]:
         raise _CommandRefused("bad_command", str(error)) from error
     if command["kind"] == "log.open" and not opening and command["command_id"] not in state.directory.seen:
         raise _CommandRefused("bad_command", "this log is open already")
-    if account != BROADCAST and command["kind"] != "account.open" and state.directory.account(account) is None:
-        raise _CommandRefused("unknown_account", f"{account!r} is not open: tollway account open")
-    return {**command, "body": body}
+    if account != BROADCAST and (refusal := state.directory.refusal(command["kind"], account, body)) is not None:
+        raise _CommandRefused(*refusal)
+    return {**command, "body": body, "kid": kid}
 
 
 def _check_opening(state: PartitionState, command: dict[str, Any], signature: bytes, value: bytes) -> None:

@@ -41,7 +41,7 @@ def _plan(counts: bytes) -> Plan:
     return Plan(tuple(sorted((names, tuple(sorted(pairs))) for names, pairs in shapes.items())))
 
 
-def gate_fields(policy: dict[str, Any], version: int, full: bool) -> list[str]:
+def gate_fields(policy: dict[str, Any], version: int, full: bool, frozen: bool = False) -> list[str]:
     """Fields and values of `p:<account>`, alternating: v, frozen, full, outage, max_staleness_s and the limits.
 
     A limit's field is `<scope or kind>|<meter>|<window>`; `principal` is written as user, client and anon, which a limit
@@ -49,7 +49,7 @@ def gate_fields(policy: dict[str, Any], version: int, full: bool) -> list[str]:
     """
     fields = {
         "v": str(version),
-        "frozen": str(int(bool(policy.get("frozen")))),
+        "frozen": str(int(frozen)),
         "full": str(int(full)),
         "outage": policy["outage"],
         "max_staleness_s": str(policy["max_staleness_s"]),

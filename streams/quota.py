@@ -38,6 +38,10 @@ from tollway.streams.windows import FINEST_FIRST, IDLE_KEEP_S, KEEP_S, oldest_st
 FORMAT = 1
 CLOSES_MAX = 100_000
 """Closes of a lane waiting for Redis; the oldest are dropped beyond that (sweep closes their holds later)."""
+CLOSED = "~closed"
+"""Total, under `<CLOSED> L:0`, of a run or session that is closed. No meter has such a name."""
+GATE_KINDS = ("account.open", "account.freeze", "account.unfreeze", "policy.set")
+"""Commands that change what `p:<account>` tells the gate."""
 _IDLE_CHECK_S = 3_600
 
 Found = tuple[tuple[str, ...], Family, Ints]
@@ -54,7 +58,7 @@ class Quota:
         self.tables: dict[tuple[str, int], Table] = {}
         self.alarms: Counter[str] = Counter()
         """late, ahead: quantities not counted; other_scope: scopes counted in `other~`; overflow: totals at their end;
-        closes_dropped. Of this process, not of the log."""
+        closes_dropped; close_in_full: runs and sessions closed without a mark, in a full account. Of this process, not of the log."""
         self.changes = 0
         """Grows with every call that may change a total: tells whether totals are still those of a noted offset."""
         self.policies: set[str] = set()
@@ -76,11 +80,16 @@ class Quota:
         if hours[0] != hours[1] and ("L", 0) in self.tables:
             self._drop_idle(self.tables["L", 0])
 
-    def on_command(self, directory: Directory, account: str) -> None:
-        """An account was opened or its policy set."""
+    def on_command(self, directory: Directory, command: dict[str, Any]) -> None:
+        """An accepted command: what the gate is told of an account, or a run or session that is closed."""
         self.changes += 1
-        if account in directory.accounts:
+        kind, account, body = command["kind"], command["account"], command["body"]
+        if kind in GATE_KINDS and account in directory.accounts:
             self.policies.add(account)
+        elif kind == "run.close":
+            self._close_scopes([(account, f"run:{body['run']}")])
+        elif kind == "session.close":
+            self._close_scopes([(account, f"sess:{body['session']}")])
 
     def fold(self, directory: Directory, batch: Batch) -> None:
         """Count a batch. Raises nothing: what cannot be counted is in `alarms`."""
@@ -179,10 +188,7 @@ class Quota:
                 np.minimum.at(first, usage.meter[items], items)
             for code in np.argsort(first).tolist():
                 if numbers[code] < 0 and first[code] < len(usage.meter):
-                    if len(self.meters) == METERS_MAX:
-                        raise Fatal(f"one partition counts at most {METERS_MAX} meters: count fewer by policy")
-                    numbers[code] = self._meter_ids[usage.meters[code]] = len(self.meters)
-                    self.meters.append(usage.meters[code])
+                    numbers[code] = self._meter(usage.meters[code])
         return np.array(numbers, np.int64)
 
     def _sums(self, usage: Counted, found: list[Found], scope_ids: dict[int, Ints]) -> dict[str, Sums]:
@@ -213,11 +219,47 @@ class Quota:
         self.policies.update(self.scopes.release(keys >> METER_BITS))
 
     def _drop_idle(self, life: Table) -> None:
-        """Runs and sessions end 35 days after their last usage."""
+        """Runs and sessions close 35 days after their last usage; that they are closed is forgotten 35 days later."""
         kinds = self.scopes.kinds[life.keys[: life.n] >> METER_BITS]
         idle = np.isin(kinds, ENDING_KINDS) & (life.last[: life.n] + IDLE_KEEP_S <= self.step_time_s)
-        if idle.any():
-            self._release(life.drop(idle))
+        if not idle.any():
+            return
+        keys = life.keys[: life.n][idle]
+        used = np.unique(keys[keys & METER_MASK != self._meter_ids.get(CLOSED, -1)] >> METER_BITS)
+        names = [self.scopes.names[number] for number in used.tolist()]
+        self._release(life.drop(idle))
+        self._close_scopes([(name[: name.index("~")], name[name.index("~") + 1 :]) for name in names])
+
+    def _close_scopes(self, named: list[tuple[str, str]]) -> None:
+        """Mark runs and sessions as closed: a total of 1 that lives for 35 days, travels and is rewritten like any other."""
+        numbers = [self._scope_number(account, scope) for account, scope in named]
+        keys = (np.array([number for number in numbers if number >= 0], np.int64) << METER_BITS) | self._meter(CLOSED)
+        life = self.tables.get(("L", 0))
+        known = keys[:0] if life is None else keys[life.slots(keys) >= 0]
+        keys = keys[~np.isin(keys, known)]
+        if len(keys):
+            self._add(
+                "L", 0, Sums(keys, np.zeros(len(keys), np.int64), np.ones(len(keys), np.int64), np.arange(len(keys)))
+            )
+
+    def _scope_number(self, account: str, scope: str) -> int:
+        """A scope's number, made where it has none; -1 in a full account, where unknown scopes share `other~`."""
+        known = self.scopes.ids.get(f"{account}~{scope}")
+        if known is not None:
+            return known
+        if self.scopes.full(account):
+            self.alarms["close_in_full"] += 1
+            return -1
+        return self._new_scopes([(account, scope)])[0]
+
+    def _meter(self, name: str) -> int:
+        number = self._meter_ids.get(name)
+        if number is None:
+            if len(self.meters) == METERS_MAX:
+                raise Fatal(f"one partition counts at most {METERS_MAX} meters: count fewer by policy")
+            number = self._meter_ids[name] = len(self.meters)
+            self.meters.append(name)
+        return number
 
     def _close_holds(self, batch: Batch) -> None:
         """Accepted usage that names a hold ends it, whatever its status."""

@@ -97,8 +97,8 @@ class Apply:
         self._head, self._tail = (epoch, view.off, tok), (expect, view.log_ms)
         known = view.state.directory.accounts
         policies = [
-            [name, *gate_fields(known[name].policy, known[name].policy_version, self._quota.scopes.full(name))]
-            for name in accounts
+            [name, *gate_fields(own.policy, own.policy_version, self._quota.scopes.full(name), own.frozen)]
+            for name, own in ((name, known[name]) for name in accounts)
         ]
         self._parts: Iterator[Part] = parts(lot, policies, self._closes)
         self._number = -1

@@ -87,7 +87,7 @@ def opened(partition: int = 0, *accounts: str) -> PartitionState:
     state.directory.meters = {"calls": None, "tokens": "tokens"}
     for name in accounts or (account_of(partition),):
         state.directory.apply(
-            {"command_id": f"open-{name}", "kind": "account.open", "account": name, "body": {}}, NOW_MS
+            {"command_id": f"open-{name}", "kind": "account.open", "account": name, "body": {}}, NOW_MS, 0
         )
     state.log_time_ms = NOW_MS - 1
     state.step = state.step_of(NOW_MS - 1)

@@ -24,6 +24,8 @@ PRICE = {"price_ref": "p:1", "asset": "USD", "unit_nano": {"calls": 1}}
 COUNT = {"meter": "calls", "windows": ["h"], "scopes": ["acct"]}
 LIMIT = {"scope": "user:u1", "meter": "calls", "window": "h", "limit": 10}
 POLICY = {"counts": [COUNT], "limits": [LIMIT], "outage": "open", "max_staleness_s": 5}
+TOKEN = {"issuer": "https://id.example", "kind": "user", "subject": "auth0|5"}
+BIND = {**TOKEN, "principal": "u5"}
 
 ACCEPTED: list[tuple[str, str, dict[str, Any]]] = [
     ("log.open", "*", OPEN),
@@ -38,6 +40,18 @@ ACCEPTED: list[tuple[str, str, dict[str, Any]]] = [
     ("account.open", "acme", {}),
     ("account.open", "a" * 128, {"name": "Acme"}),
     ("customer.bind", "acme", {"customer": "cus_1"}),
+    ("account.freeze", "acme", {}),
+    ("account.freeze", "acme", {"reason": "dispute"}),
+    ("account.unfreeze", "acme", {"reason": "r" * 256}),
+    ("principal.bind", "acme", BIND),
+    (
+        "principal.bind",
+        "acme",
+        {**BIND, "kind": "client", "scopes": ["agent:a1"], "operations": ["*", "chat *", "GET /v1"]},
+    ),
+    ("principal.unbind", "acme", TOKEN),
+    ("run.close", "acme", {"run": "r1"}),
+    ("session.close", "acme", {"session": "s1"}),
     ("policy.set", "acme", DEFAULT_POLICY),
     ("policy.set", "acme", POLICY),
     ("policy.set", "acme", {"counts": []}),
@@ -70,7 +84,7 @@ def log_open(**changed: Any) -> tuple[str, str, dict[str, Any]]:
 
 
 REFUSED: list[tuple[tuple[str, str, dict[str, Any]], str]] = [
-    (("account.close", "acme", {}), "kind is 'account.close': give one of account.open, "),
+    (("account.close", "acme", {}), "kind is 'account.close': give one of account.freeze, account.open, "),
     (("account.open", "*", {}), "account is '*': account.open takes one account"),
     (("account.open", "a b", {}), "account is 'a b': ids match"),
     (("account.open", "", {}), "account is '': ids match"),
@@ -113,6 +127,19 @@ REFUSED: list[tuple[tuple[str, str, dict[str, Any]], str]] = [
     (("price.add", "*", {**PRICE, "unit_nano": {"calls": True}}), "unit_nano.calls is True"),
     (("price.add", "*", {**PRICE, "unit_nano": {"calls": -1}}), "unit_nano.calls is -1"),
     (("price.add", "*", {**PRICE, "unit_nano": {"calls": MONEY_NANO_MAX + 1}}), f"from 0 to {MONEY_NANO_MAX}"),
+    (("account.freeze", "*", {}), "account is '*': account.freeze takes one account"),
+    (("account.freeze", "acme", {"reason": ""}), "reason is '': give a text"),
+    (("account.unfreeze", "acme", {"reason": "r" * 257}), "reason is 257 characters long: give at most 256"),
+    *[(("principal.bind", "acme", without(BIND, name)), f"{name} is None") for name in BIND],
+    (("principal.bind", "acme", {**BIND, "kind": "anonymous"}), "kind is 'anonymous': give one of user, client"),
+    (("principal.bind", "acme", {**BIND, "principal": "a b"}), "principal is 'a b': ids match"),
+    (("principal.bind", "acme", {**BIND, "scopes": ["user:u6"]}), "scopes has 'user:u6': give agent:id"),
+    (("principal.bind", "acme", {**BIND, "scopes": ["agent:a"] * 5}), "give a list of at most 4 texts"),
+    (("principal.bind", "acme", {**BIND, "operations": "chat"}), "operations is 'chat': give a list"),
+    (("principal.bind", "acme", {**BIND, "operations": ["a*b"]}), "operations has 'a*b': give an operation's name"),
+    (("principal.unbind", "acme", BIND), "principal is no field of principal.unbind"),
+    (("run.close", "acme", {}), "run is None: give a text"),
+    (("session.close", "acme", {"session": "s 1"}), "session is 's 1': ids match"),
     (("policy.set", "acme", {}), "counts is None: give a list of at most 32"),
     (policy(counts={}), "counts is {}: give a list"),
     (policy(counts=[COUNT] * (METERS_COUNTED_MAX + 1)), "counts is 33 long: give a list of at most 32"),

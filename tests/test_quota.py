@@ -17,8 +17,9 @@ from tollway.schemas.lane import lane
 from tollway.streams.batch import Batch
 from tollway.streams.directory import Directory
 from tollway.streams.policy import gate_fields
-from tollway.streams.quota import Quota
+from tollway.streams.quota import CLOSED, Quota
 from tollway.streams.totals import SCOPES_MAX, TOTAL_MAX
+from tollway.streams.windows import IDLE_KEEP_S
 
 HOUR, DAY = 3_600, 86_400
 ALL = range(256)
@@ -33,6 +34,11 @@ POLICIES: dict[str, dict[str, Any] | None] = {
     "twice": counts(("calls", "mh", ["user", "principal"]), ("calls", "hd", ["principal", "acct"])),
     "none": counts(),
 }
+
+
+def command(kind: str, **body: Any) -> dict[str, Any]:
+    return {"kind": kind, "account": "acme", "body": body}
+
 
 EVENTS = st.builds(
     usage,
@@ -223,9 +229,17 @@ def test_life_totals_of_runs_end_after_35_idle_days_and_balances_stay() -> None:
     quota.on_step(NOW_S + 35 * DAY - 1)
     assert len(quota.totals("acme")) == 3
     quota.on_step(NOW_S + 35 * DAY)
-    assert quota.totals("acme") == {("acct", "calls", "L", 0): 3, ("run:used", "calls", "L", 0): 2}
+    assert quota.totals("acme") == {
+        ("acct", "calls", "L", 0): 3,
+        ("run:used", "calls", "L", 0): 2,
+        ("run:old", CLOSED, "L", 0): 1,
+    }
     quota.on_step(at + 36 * DAY)
-    assert quota.totals("acme") == {("acct", "calls", "L", 0): 3}
+    assert quota.totals("acme") == {
+        ("acct", "calls", "L", 0): 3,
+        ("run:old", CLOSED, "L", 0): 1,
+        ("run:used", CLOSED, "L", 0): 1,
+    }
 
 
 def test_a_total_stops_at_its_end_and_alarms() -> None:
@@ -277,7 +291,7 @@ def test_policies_of_commands_and_of_accounts_opened_on_sight_are_written() -> N
     """A command makes an account's `p` due; so does the first usage of an account that no command opened."""
     found, quota = directory({"acme": None, "b": None}), Quota()
     quota.on_step(NOW_S)
-    quota.on_command(found, "acme")
+    quota.on_command(found, command("policy.set"))
     assert quota.policies == {"acme"}
     quota.fold(found, batch([usage("b")]))
     assert quota.policies == {"acme", "b"}
@@ -288,9 +302,47 @@ def test_a_new_policy_counts_from_its_offset_on() -> None:
     found = directory({"acme": counts(("calls", "h", "acct"))})
     quota = folded(found, batch([usage()]))
     found.accounts["acme"].policy_own = counts(("calls", "d", "acct"))
-    quota.on_command(found, "acme")
+    quota.on_command(found, command("policy.set"))
     quota.fold(found, batch([usage()]))
     assert quota.totals("acme") == {("acct", "calls", "h", NOW_S): 1, ("acct", "calls", "d", NOW_S): 1}
+
+
+def test_a_freeze_is_told_to_the_gate() -> None:
+    """A frozen account's `p` says so, and is due once it is frozen and once it is free again."""
+    found, quota = directory({"acme": None}), Quota()
+    for kind in ("account.freeze", "account.unfreeze"):
+        quota.policies.clear()
+        quota.on_command(found, command(kind))
+        assert quota.policies == {"acme"}
+    assert gate_fields(found.accounts["acme"].policy, 1, False, True)[2:4] == ["frozen", "1"]
+
+
+def test_a_closed_run_is_remembered_35_days() -> None:
+    """A run closed by command, or 35 days after its last usage, keeps a mark of 1 for 35 days, whatever is counted."""
+    found = directory({"acme": counts(("calls", "L", "run"))})
+    quota = folded(found, batch([usage(run="idle")]))
+    quota.on_command(found, command("run.close", run="r1"))
+    quota.on_command(found, command("run.close", run="r1"))
+    quota.on_command(found, command("session.close", session="s1"))
+    mark = (CLOSED, "L", 0)
+    assert {scope: units for (scope, *what), units in quota.totals("acme").items() if tuple(what) == mark} == {
+        "run:r1": 1,
+        "sess:s1": 1,
+    }
+    loaded = Quota.load(quota.dump())
+    loaded.on_step(NOW_S + IDLE_KEEP_S + 3_600)
+    assert loaded.totals("acme") == {("run:idle", *mark): 1}
+    loaded.on_step(NOW_S + 2 * IDLE_KEEP_S + 7_200)
+    assert loaded.totals("acme") == {}
+
+
+def test_a_close_in_a_full_account_is_an_alarm() -> None:
+    """Where unknown scopes share `other~`, a run that has no totals gets no mark, and the alarm says so."""
+    found, quota = directory({"acme": None}), Quota()
+    quota.on_step(NOW_S)
+    quota.scopes.add([("acme", f"user:f{n}") for n in range(SCOPES_MAX)])
+    quota.on_command(found, command("run.close", run="r1"))
+    assert (quota.totals("acme"), quota.alarms["close_in_full"]) == ({}, 1)
 
 
 def test_gate_fields_give_a_kinds_limit_precedence_over_principal() -> None:
