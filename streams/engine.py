@@ -23,6 +23,7 @@ from tollway.streams.failpoint import Failpoints
 from tollway.streams.fold import Fold, Message
 from tollway.streams.owned import RETRY_FIRST_S, Owned, as_records
 from tollway.streams.state import FOLD_VERSION
+from tollway.streams.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self._clock_ms = clock_ms
         self.owned: dict[int, Owned] = {}
         self.generation = 0
-        self.blocked: tuple[float, str] | None = None
+        self.waiting = Waiting()
         self.losses: list[float] = []
         self.events = 0
         self.joined = False
@@ -112,8 +113,9 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         reasons = {str(number): owned.stopped for number, owned in self.owned.items() if owned.stopped}
         if not self.joined:
             reasons["group"] = "not joined yet"
-        if self.blocked and time.monotonic() - self.blocked[0] > BLOCKED_RED_S:
-            reasons["effects"] = self.blocked[1]
+        waits = self.waiting.shown(self._clock_ms())
+        if waits and waits["for_s"] >= BLOCKED_RED_S:
+            reasons["effects"] = waits["reason"]
         large = [number for number, owned in self.owned.items() if owned.size > checkpoint.RED_BYTES]
         if large:
             reasons["checkpoint"] = f"partitions {large} keep more than {checkpoint.RED_BYTES} bytes: grow the log"
@@ -124,6 +126,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             "partitions": sorted(self.owned),
             "events": self.events,
             "generation": self.generation,
+            "blocked": waits,
         }
 
     async def _start(self) -> None:
@@ -225,7 +228,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._block(error)
                 await self._pause_between_tries(RETRY_FIRST_S * 5)
             else:
-                self.blocked = None
+                self.waiting.over()
 
     async def _think(self, number: int, effects: list[Any], worked: list[int]) -> None:
         owned = self.owned[number]
@@ -249,6 +252,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _settle(self, effects: list[Any], generation: int) -> bool:
         """Send until acknowledged; False where the partitions went away meanwhile."""
         delay_s = RETRY_FIRST_S
+        self.waiting.sent()
         while True:
             try:
                 await self.fold.settle(effects, self.send)
@@ -263,7 +267,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def _block(self, error: Unavailable) -> None:
         """Effects wait; health turns red when they wait for long."""
-        self.blocked = self.blocked or (time.monotonic(), str(error))
+        self.waiting.failed(str(error))
         log.warning("%s: not acknowledged, tried again: %s", self.fold.group, error)
 
     async def _pause_between_tries(self, delay_s: float) -> None:
