@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tollway.connectors.embedded import outage
+from tollway.connectors.embedded import supervisor as supervisor_module
 from tollway.connectors.embedded.process import Child, poll
-from tollway.connectors.embedded.supervisor import State, Supervisor, children
+from tollway.connectors.embedded.supervisor import AWAY_EXIT, State, Supervisor, children
 from tollway.connectors.errors import Refused
 
 DEADLINE_S = 30.0
@@ -67,6 +68,50 @@ def test_many_outages_are_no_failures(supervisor: Supervisor, tmp_path: Path) ->
         until(lambda turn=turn: supervisor.restarts("one") == turn + 1, "it was started again")  # type: ignore[misc]
         supervisor.wait_ready("one")
     assert supervisor.failed() == {}
+
+
+def test_a_child_waits_for_what_is_away(tmp_path: Path) -> None:
+    """A child that ends while what it comes after is away is no failure: it is started again when that is back."""
+    supervisor = Supervisor(tmp_path, failures_max=2)
+    down = tmp_path / "away" / "broker"
+    needs = f"import os, signal, sys\nwhile not os.path.exists({str(down)!r}): signal.sigtimedwait([], 0.05)\nsys.exit('gone')"
+    try:
+        supervisor.add(
+            [
+                Child("broker", (sys.executable, "-c", "import signal; signal.pause()"), lambda: True),
+                Child("worker", (sys.executable, "-c", needs), lambda: True, after=("broker",)),
+            ]
+        )
+        supervisor.wait_ready("worker")
+        for turn in range(3):
+            outage.hold(tmp_path, "broker")
+            until(lambda: children(tmp_path)["worker"]["state"] == State.WAITING.value, "the worker ended and waits")
+            assert supervisor.restarts("worker") == turn
+            assert "gone" in children(tmp_path)["worker"]["reason"]
+            outage.release(tmp_path, "broker")
+            until(lambda turn=turn: supervisor.restarts("worker") == turn + 1, "it is started")  # type: ignore[misc]
+            supervisor.wait_ready("worker")
+        assert supervisor.failed() == {}
+    finally:
+        supervisor.hurry()
+        supervisor.stop()
+
+
+def test_a_child_that_says_what_it_needs_is_away_is_never_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 75 is no failure of the child, however often it comes; the reason is shown all the while."""
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_S", 0.01)
+    ends = Child("worker", (sys.executable, "-c", f"raise SystemExit({AWAY_EXIT})"), lambda: False)
+    supervisor = Supervisor(tmp_path, failures_max=2)
+    try:
+        supervisor.add([ends])
+        until(lambda: supervisor.restarts("worker") >= 4, "it is started again and again")
+        assert supervisor.failed() == {}
+        until(lambda: f"code {AWAY_EXIT}" in children(tmp_path)["worker"]["reason"], "the reason is shown")
+    finally:
+        supervisor.hurry()
+        supervisor.stop()
 
 
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:

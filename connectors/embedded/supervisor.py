@@ -17,6 +17,7 @@ __all__ = ["Child", "State", "Supervisor", "children"]
 BACK_OFF_S = 0.25  # doubled at each failure in a row
 BACK_OFF_MAX_S = 10.0
 FAILURES_MAX = 6
+AWAY_EXIT = 75  # EX_TEMPFAIL: a child ends so where what it needs is away, and is started again for as long as it takes
 STABLE_S = 10.0  # a child that served this long has not failed to start: the count begins again
 TICK_S = 0.2
 STARTING_TICK_S = 0.05
@@ -41,6 +42,7 @@ class _Kept:
         self.process = Process(child, data)
         self.state = State.WAITING
         self.failures = 0
+        self.tries = 0  # starts in a row that did not serve for long
         self.restarts = -1  # the first start is none
         self.since = time.monotonic()
         self.due = 0.0
@@ -148,7 +150,7 @@ class Supervisor:
         with self._changed:
             kept = self._kept[name]
             kept.process.kill()
-            kept.failures = 0
+            kept.failures = kept.tries = 0
             if restart:
                 kept.turn(State.BACKING_OFF)
                 kept.due = 0.0
@@ -161,7 +163,7 @@ class Supervisor:
         with self._changed:
             kept = self._kept[name]
             if kept.state in (State.KILLED, State.FAILED):
-                kept.failures = 0
+                kept.failures = kept.tries = 0
                 kept.turn(State.WAITING)
                 self._changed.notify_all()
 
@@ -226,7 +228,7 @@ class Supervisor:
         now = time.monotonic()
         match kept.state:
             case State.WAITING:
-                if all(self._kept[name].state is State.READY for name in kept.child.after):
+                if not self._lacks(kept):
                     kept.turn(State.STARTING)
                     kept.restarts += 1
                     kept.due = 0.0
@@ -236,25 +238,39 @@ class Supervisor:
                 kept.due = 0.0
             case State.STARTING if kept.due and kept.process.pid is None:
                 self._failed(kept, f"ended with code {kept.process.returncode}: {kept.process.last_words()}")
+            case State.STARTING if kept.due and now >= kept.due and self._lacks(kept):
+                kept.due = (
+                    now + kept.child.ready_deadline_s
+                )  # it waits for another: its own deadline begins behind that
             case State.STARTING if kept.due and now >= kept.due:
                 kept.process.kill()
                 limit_s = kept.child.ready_deadline_s
                 self._failed(kept, f"was not ready within {limit_s:.0f} s: {kept.process.last_words()}")
             case State.READY if kept.process.pid is None:
                 if now - kept.since >= STABLE_S:
-                    kept.failures = 0
+                    kept.failures = kept.tries = 0
                 self._failed(kept, f"ended with code {kept.process.returncode}: {kept.process.last_words()}")
 
+    def _lacks(self, kept: _Kept) -> str | None:
+        """One that this child comes after and that does not serve."""
+        return next((name for name in kept.child.after if not self._kept[name].serves), None)
+
     def _failed(self, kept: _Kept, reason: str) -> None:
+        """Start it again: at once where its failure is not its own, with back-off otherwise, and not for ever."""
         kept.process.kill()  # the rest of its group
-        kept.failures += 1
         kept.reason = reason
-        name = kept.child.name
+        kept.tries += 1
+        name, away = kept.child.name, kept.process.returncode == AWAY_EXIT
+        if lacking := self._lacks(kept):
+            kept.turn(State.WAITING)
+            self._say(f"{name}: {reason}; started again when {lacking} is back")
+            return
+        kept.failures += not away
         if kept.failures >= self._failures_max:
             kept.turn(State.FAILED)
             self._say(f"{name}: FAILED {kept.failures} times in a row, given up; see {kept.process.log}; {reason}")
             return
-        delay_s = min(BACK_OFF_S * 2 ** (kept.failures - 1), BACK_OFF_MAX_S)
+        delay_s = min(BACK_OFF_S * 2 ** min(kept.tries - 1, 10), BACK_OFF_MAX_S)
         kept.turn(State.BACKING_OFF)
         kept.due = time.monotonic() + delay_s
         self._say(f"{name}: {reason}; starting it again in {delay_s:.2f} s")
