@@ -1,6 +1,8 @@
 """The directory: keys, meters, prices and accounts, folded from commands at their offsets. One a partition."""
 
 import hashlib
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +10,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tollway.schemas.command import BINDINGS_MAX, DEFAULT_POLICY, REMEMBERED_S, LogConfig
+
+CHANGED_MAX = 10_000
+"""Changes of bindings that a view may lag behind before it writes all of them again."""
 
 Token = tuple[str, str, str]
 """Issuer, kind (user or client), subject: whose bearer token it is."""
@@ -55,6 +60,11 @@ class Directory:
         self.accounts: dict[str, Account] = {}
         self.seen: dict[str, int] = {}
         """command_id → append time (ms) of every accepted command of the last 35 days."""
+        self.bound = 0
+        """Changes of bindings since this process loaded the state."""
+        self.bound_offset = -1
+        """Offset of the last of them in the log."""
+        self._changed: deque[tuple[str, Token]] = deque(maxlen=CHANGED_MAX)
 
     def account(self, name: str) -> Account | None:
         """The account; opened on sight where the log says `auto_open`; None where it is unknown."""
@@ -84,6 +94,15 @@ class Directory:
             )
         return None
 
+    def bindings(self) -> list[tuple[str, Token]]:
+        """(account, token) of all bindings."""
+        return [(name, token) for name, account in self.accounts.items() for token in account.bindings]
+
+    def bindings_since(self, bound: int) -> Iterable[tuple[str, Token]]:
+        """Those that changed since the count was `bound`; all where that is long ago."""
+        count = self.bound - bound
+        return dict.fromkeys(list(self._changed)[-count:]) if count <= len(self._changed) else self.bindings()
+
     def signed_by(self, kid: str, signature: bytes, value: bytes) -> bool:
         """Whether `signature` is Ed25519 over `value` by the key that the log calls `kid`."""
         public = self.keys.get(kid)
@@ -106,6 +125,9 @@ class Directory:
             opened = self.accounts.setdefault(account, Account())
             opened.signed[kind] = [command.get("kid", ""), command["command_id"], append_ms, offset]
             _change(opened, kind, body, append_ms, offset)
+            if kind in ("principal.bind", "principal.unbind"):
+                self._changed.append((account, token(body)))
+                self.bound, self.bound_offset = self.bound + 1, offset
 
     def forget(self, now_ms: int) -> None:
         """Drop command ids that are past their 35 days: `stale_command` refuses them by then."""
@@ -146,9 +168,11 @@ class Directory:
         directory.config = LogConfig(**state["config"]) if state["config"] else None
         directory.keys, directory.meters = state["keys"], state["meters"]
         directory.prices, directory.seen = state["prices"], state["seen"]
-        for name, (*plain, bindings, signed) in state["accounts"].items():
-            bound = {tuple(entry[:3]): Binding(*entry[3:]) for entry in bindings}
-            directory.accounts[name] = Account(*plain, bindings=bound, signed=signed)
+        for name, (title, customer, policy, version, frozen, bindings, signed) in state["accounts"].items():
+            bound = {(issuer, who, subject): Binding(*rest) for issuer, who, subject, *rest in bindings}
+            directory.accounts[name] = Account(title, customer, policy, version, frozen, bound, signed)
+            newest = max((entry.offset for entry in bound.values()), default=-1)
+            directory.bound_offset = max(directory.bound_offset, newest)
         return directory
 
 
