@@ -32,6 +32,7 @@ RETRY_MAX_S = 10.0
 REVOKE_WAIT_S = 3.0
 LAST_SAVE_S = 1.0
 """A partition that is let go gets so long for its last checkpoint; without it more is read again, nothing else."""
+COMMIT_S = 5.0
 BLOCKED_RED_S = 30
 CLOCK_AHEAD_MAX_S = 300
 SEND_TIMEOUT_S = 30
@@ -87,9 +88,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def work(self) -> None:
         """Fetch and fold until stopped. Raises Fatal where going on would mix or lose units."""
-        await self._start()
-        assert self.consumer is not None
         try:
+            await self._start()
             while not self._stopping.is_set():
                 began = time.monotonic()
                 await self._fetch()
@@ -367,9 +367,10 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         """For lag displays alone."""
         assert self.consumer is not None
         try:
-            await self.consumer.commit({TopicPartition(self.fold.topic, number): offset})
-        except (KafkaError, IllegalStateError) as error:
-            log.warning("%s: offset of partition %d not committed: %s", self.fold.group, number, error)
+            # aiokafka tries for as long as Kafka is away
+            await asyncio.wait_for(self.consumer.commit({TopicPartition(self.fold.topic, number): offset}), COMMIT_S)
+        except (KafkaError, TimeoutError) as error:
+            log.warning("%s: offset of partition %d not committed: %r", self.fold.group, number, error)
 
     async def _tick(self) -> None:
         if not self.fold.ticks:
