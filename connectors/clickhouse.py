@@ -115,11 +115,20 @@ class AuditStore:
     """
 
     def __init__(
-        self, host: str, port: int, user: str, password: str, database: str = "tollway", *, secure: bool = False
+        self,
+        host: str,
+        port: int,
+        user: str,
+        password: str,
+        database: str = "tollway",
+        *,
+        secure: bool = False,
+        ca_file: Path | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         self.database = database
         self._login: dict[str, Any] = {"host": host, "port": port, "username": user, "password": password}
-        self._secure = secure
+        self._secure, self._ca_file, self._timeout_s = secure, ca_file, timeout_s
         self._place = f"ClickHouse at {host}:{port}"
         self._client: Any = None
         self._connecting = threading.Lock()
@@ -208,10 +217,11 @@ class AuditStore:
             **self._login,
             database=database,
             secure=self._secure,
+            ca_cert=str(self._ca_file) if self._ca_file else None,
             compress=self._secure,
             autogenerate_session_id=False,
             connect_timeout=CONNECT_TIMEOUT_S,
-            send_receive_timeout=ANSWER_TIMEOUT_S,
+            send_receive_timeout=self._timeout_s,
         )
 
     def _try(self, work: Callable[[Any], Any]) -> Any:

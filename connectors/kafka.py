@@ -1,39 +1,104 @@
 """Kafka: topics made and checked, topic ids, and the readers and writers that the folds use."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaConnectionError, KafkaError
-from confluent_kafka import KafkaException
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaError as ClientError
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
-from tollway.connectors.errors import Refused, Unavailable
+from tollway.connectors.errors import Refused, TollwayError, Unavailable
 from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
 
 REQUEST_BYTES_MAX = 17 * 1024 * 1024
 CHECKPOINT_TAIL = 64
 """Newest records of a checkpoint partition that are read first; all of it only where they hold no valid one."""
-ADMIN_TIMEOUT_S = 15
+ADMIN_TIMEOUT_S = 15.0
+SAID_MAX = 16
+REPLICATION_MIN, MIN_ISR = 3, 2
+"""Outside a single broker: with fewer copies an acknowledged record can be lost with one machine."""
+AWAY = (
+    KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._TRANSPORT,
+    KafkaError._TIMED_OUT,
+    KafkaError._RESOLVE,
+    KafkaError._AUTHENTICATION,
+)
+DENIED = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+)
+UNREACHED = (
+    ("_AUTHENTICATION", "correct TOLLWAY_KAFKA_SASL_USERNAME, _PASSWORD and _MECHANISM"),
+    ("_SSL", "correct TOLLWAY_KAFKA_CA_FILE, or TOLLWAY_KAFKA_SECURITY_PROTOCOL where the broker talks no TLS"),
+)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a topic is: `copies` = replicas of the partition that has fewest."""
+
+    partitions: int
+    copies: int
 
 
 class Admin:
-    """confluent-kafka's admin client (aiokafka gives no topic ids), one call at a time in a thread."""
+    """confluent-kafka's admin client (aiokafka gives no topic ids), one call at a time in a thread.
 
-    def __init__(self, bootstrap: str, security: dict[str, Any] | None = None) -> None:
-        self._bootstrap = bootstrap
-        quiet = {"log_level": 0, "error_cb": lambda _: None}  # what it raises says it all
-        self._client = AdminClient({"bootstrap.servers": bootstrap, **quiet, **(security or {})})
+    Every method raises Unavailable where no broker answers within `timeout_s`, Refused in one sentence with the cure where
+    the brokers refuse.
+    """
+
+    def __init__(
+        self, bootstrap: str, security: dict[str, Any] | None = None, *, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> None:
+        self._bootstrap, self._timeout_s = bootstrap, timeout_s
+        self.said: list[str] = []
+        """What the client complained about last, in its words: it tells a refused password from a broker that is away."""
+        try:
+            self._client = AdminClient(
+                {"bootstrap.servers": bootstrap, "log_level": 0, "error_cb": self._hear, **(security or {})}
+            )
+        except KafkaException as error:
+            raise Refused(
+                f"the TLS or SASL settings cannot be used ({error.args[0].str()}): correct TOLLWAY_KAFKA_CA_FILE and the"
+                " other TOLLWAY_KAFKA_ settings"
+            ) from error
+
+    def _hear(self, error: KafkaError) -> None:
+        self.said = [*self.said[-SAID_MAX:], f"{error.name()} {error.str()}"]
+
+    async def topics(self) -> dict[str, Placed]:
+        """Topics that this user may see."""
+        try:
+            metadata = await asyncio.to_thread(self._client.list_topics, timeout=self._timeout_s)
+        except KafkaException as error:
+            raise self.unreached(error) from error
+        return {
+            name: Placed(
+                len(topic.partitions), min((len(row.replicas) for row in topic.partitions.values()), default=0)
+            )
+            for name, topic in metadata.topics.items()
+        }
+
+    def unreached(self, error: KafkaException) -> TollwayError:
+        """What it means that no broker answered: Refused for a password or a certificate, else Unavailable."""
+        for words, cure in UNREACHED:
+            found = next((said for said in reversed(self.said) if words in said), None)
+            if found:
+                return Refused(f"no way into Kafka at {self._bootstrap} ({_bare(found)}): {cure}")
+        return Unavailable(f"no Kafka at {self._bootstrap}: {error.args[0].str()}")
 
     async def partitions(self) -> dict[str, int]:
-        """topic → partition count. Raises Unavailable where no broker answers."""
-        try:
-            metadata = await asyncio.to_thread(self._client.list_topics, timeout=ADMIN_TIMEOUT_S)
-        except KafkaException as error:
-            raise Unavailable(f"no Kafka at {self._bootstrap}: {error.args[0].str()}") from error
-        return {name: len(topic.partitions) for name, topic in metadata.topics.items()}
+        """topic → partition count."""
+        return {name: placed.partitions for name, placed in (await self.topics()).items()}
 
     async def create(self, partitions: int, replication: int) -> list[str]:
         """Create the topics that are not there yet, as the table says; returns their names."""
@@ -44,24 +109,21 @@ class Admin:
                     f"topic {topic.name} has {present[topic.name]} partitions, not {partitions}: "
                     "a log grows by `topics grow`, never in place"
                 )
-        minimum = {"min.insync.replicas": "2"} if replication >= 3 else {}
+        minimum = {"min.insync.replicas": str(MIN_ISR)} if replication >= REPLICATION_MIN else {}
         missing = [
             NewTopic(topic.name, partitions, replication, config={**topic.settings, **minimum})
             for topic in TOPICS
             if topic.name not in present
         ]
         if missing:
-            futures = self._client.create_topics(missing, operation_timeout=ADMIN_TIMEOUT_S)
+            futures = self._client.create_topics(missing, operation_timeout=self._timeout_s)
             for name, future in futures.items():
-                try:
-                    await asyncio.to_thread(future.result, ADMIN_TIMEOUT_S)
-                except KafkaException as error:
-                    raise Refused(f"topic {name} was not created: {error.args[0].str()}") from error
+                await self._answer(future, f"topic {name} was not created", f"allow this user Create on {name}")
         return [topic.topic for topic in missing]
 
     async def new_topic_id(self, topic: str) -> str:
         """`topic_id` of a topic that may have been created just now: brokers learn of it a moment later."""
-        until = time.monotonic() + ADMIN_TIMEOUT_S
+        until = time.monotonic() + self._timeout_s
         while True:
             try:
                 return await self.topic_id(topic)
@@ -71,22 +133,41 @@ class Admin:
             await asyncio.sleep(0.1)
 
     async def topic_id(self, topic: str) -> str:
-        """The broker's id of a topic: a recreated topic has another one. Raises Refused where there is none."""
+        """The broker's id of a topic: a recreated topic has another one."""
         from confluent_kafka import TopicCollection
 
-        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=ADMIN_TIMEOUT_S)
-        try:
-            found = await asyncio.to_thread(futures[topic].result, ADMIN_TIMEOUT_S)
-        except KafkaException as error:
-            raise Refused(f"topic {topic} is not there: run `tollway topics create` ({error.args[0].str()})") from error
+        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)
+        cure = f"allow this user Describe on {topic}"
+        found = await self._answer(futures[topic], f"topic {topic} is not there", cure, "run `tollway topics create`")
         return str(found.topic_id)
 
     async def settings_of(self, topic: str) -> dict[str, str]:
         """A topic's settings as the broker has them."""
         resource = ConfigResource(ResourceType.TOPIC, topic)
-        future = self._client.describe_configs([resource], request_timeout=ADMIN_TIMEOUT_S)[resource]
-        found = await asyncio.to_thread(future.result, ADMIN_TIMEOUT_S)
+        future = self._client.describe_configs([resource], request_timeout=self._timeout_s)[resource]
+        cure = f"allow this user DescribeConfigs on the topic {topic}"
+        found = await self._answer(future, f"the settings of {topic} cannot be read", cure)
         return {name: entry.value for name, entry in found.items()}
+
+    async def _answer(self, future: Any, what: str, right: str, cure: str = "see the brokers' logs") -> Any:
+        """`right`: the cure where the brokers say that this user may not."""
+        try:
+            return await asyncio.to_thread(future.result, self._timeout_s)
+        except KafkaException as error:
+            fault = error.args[0]
+            if fault.code() in AWAY:
+                raise self.unreached(error) from error
+            text = f"{what} ({fault.name()}: {fault.str().rstrip('.: ')})"
+            raise Refused(f"{text}: {right if fault.code() in DENIED else cure}") from error
+        except TimeoutError as error:
+            raise Unavailable(f"{what}: no answer of Kafka at {self._bootstrap} in {self._timeout_s:g} s") from error
+
+
+def _bare(said: str) -> str:
+    """What librdkafka says, without its own places and advice."""
+    return re.sub(
+        r"^\w+ (\S+/bootstrap: |sasl_\w+://\S+: |ssl://\S+: )*|\(after.*|: [^:]*verify that.*", "", said
+    ).strip()[:160]
 
 
 def epoch_of(topic_id: str, growth: int = 0) -> str:
@@ -157,7 +238,7 @@ async def read_newest(
                 found[tp.partition] += [record for record in records if keep(record)]
             left = {tp for tp in left if await consumer.position(tp) < ends[tp]}
         return found
-    except KafkaError as error:
+    except ClientError as error:
         raise Unavailable(f"{topic} cannot be read: {error}") from error
     finally:
         await consumer.stop()
@@ -180,7 +261,7 @@ async def ends(bootstrap: str, security: dict[str, Any], topic: str, partitions:
         await consumer.start()
         wanted = [TopicPartition(topic, partition) for partition in partitions]
         return {tp.partition: end for tp, end in (await consumer.end_offsets(wanted)).items()}
-    except KafkaError as error:
+    except ClientError as error:
         raise Unavailable(f"no end offsets of {topic}: {error}") from error
     finally:
         await consumer.stop()

@@ -91,8 +91,12 @@ class Swept:
         )
 
 
-def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
-    """A client whose pool queues callers instead of failing them. Connects at first use, does not retry by itself."""
+def connect(url: str, *, timeout_s: float = TIMEOUT_S, ca_file: Path | None = None) -> Redis:
+    """A client whose pool queues callers instead of failing them. Connects at first use, does not retry by itself.
+
+    `ca_file`: whom to trust where the url is a rediss:// one. Raises ValueError for what is no address.
+    """
+    tls = {"ssl_ca_certs": str(ca_file)} if ca_file and url.startswith("rediss://") else {}
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=CONNECTIONS_MAX,
@@ -100,6 +104,7 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),
+        **tls,
     )
     return Redis.from_pool(pool)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tollway.connectors.kafka import Admin, epoch_of, log_partitions
+from tollway.connectors.kafka import epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
 from tollway.streams.audit_report import Report
 from tollway.streams.audit_verify import verify
@@ -14,7 +14,7 @@ from tollway.streams.looks import HOUR_S, check_account
 from tollway.streams.settings import Settings
 from tollway.streams.status import checkpoints_of
 from tollway.streams.usage_queries import usage_report
-from tollway.streams.wiring import audit_store
+from tollway.streams.wiring import audit_store, kafka_admin
 
 
 async def usage_of(settings: Settings, account: str, hours: int) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ async def usage_of(settings: Settings, account: str, hours: int) -> list[dict[st
 
 async def verify_audit(settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
     """The report of `audit verify` over the log that Kafka has now."""
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     partitions = await log_partitions(admin)
     epoch = epoch_of(await admin.topic_id(USAGE.name))
     found = await checkpoints_of(settings, epoch, partitions, ["audit"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import Admin, ends, epoch_of, started_producer
+from tollway.connectors.kafka import ends, epoch_of, started_producer
 from tollway.schemas.command import LogConfig
 from tollway.schemas.ids import uuid7_hex
 from tollway.schemas.topics import CHECKPOINTS, USAGE
@@ -20,6 +20,8 @@ from tollway.streams.audit_fold import PARTS as AUDIT_PARTS
 from tollway.streams.settings import Settings
 from tollway.streams.state import FOLD_VERSION, PartitionState
 from tollway.streams.stripe_fold import fresh as stripe_fresh
+from tollway.streams.topic_faults import refuse_replication, refuse_unsafe
+from tollway.streams.wiring import kafka_admin
 
 
 def new_command_id() -> str:
@@ -53,15 +55,17 @@ def first_states(epoch: str, partition: int, partitions: int) -> dict[str, dict[
 
 
 async def create(settings: Settings) -> dict[str, Any]:
-    """Create what is missing. Raises Refused where what is there does not fit. Returns what was done."""
+    """Create what is missing. Raises Refused where what is there does not fit or is unsafe. Returns what was done."""
+    refuse_replication(settings.replication)
     if settings.partitions & (settings.partitions - 1):
         raise Refused(f"TOLLWAY_PARTITIONS is {settings.partitions}: give a power of two from 1 to 256")
     signer = Signer.read(settings.data / "control.key", create=True)
     if settings.public_key and settings.public_key != signer.public_key:
         raise Refused("TOLLWAY_PUBLIC_KEY is not that of <data>/control.key: log.open could not be signed")
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     created = await admin.create(settings.partitions, settings.replication)
     epoch = epoch_of(await admin.new_topic_id(USAGE.name))
+    await refuse_unsafe(settings)
     security = settings.kafka_security()
     log_ends = await ends(settings.kafka_bootstrap, security, USAGE.name, range(settings.partitions))
     empty = [number for number, end in sorted(log_ends.items()) if end == 0]

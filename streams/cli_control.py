@@ -14,14 +14,12 @@ customer_app = typer.Typer(no_args_is_help=True, help="Who pays at Stripe for an
 policy_app = typer.Typer(no_args_is_help=True, help="What is counted for an account, and its limits.")
 meter_app = typer.Typer(no_args_is_help=True, help="What is measured.")
 price_app = typer.Typer(no_args_is_help=True, help="Immutable price versions.")
-topics_app = typer.Typer(no_args_is_help=True, help="The topics of a log.")
 for name, group in (
     ("account", account_app),
     ("customer", customer_app),
     ("policy", policy_app),
     ("meter", meter_app),
     ("price", price_app),
-    ("topics", topics_app),
 ):
     app.add_typer(group, name=name)
 
@@ -116,26 +114,3 @@ def price_add(
     from tollway.streams.control_plane import price_body
 
     append(data, "*", "price.add", price_body(price_ref, asset, unit_nano), as_json)
-
-
-@topics_app.command("create")
-def topics_create(data: Data = None, as_json: Json = False) -> None:
-    """Create the topics, the first checkpoints and log.open; finishes what an interrupted run began."""
-    from tollway.streams.bootstrap import create
-
-    done = do(create(read_settings(data)))
-    say(
-        done,
-        as_json,
-        lambda _: print(f"log {done['epoch']}: {done['partitions']} partitions, {len(done['opened'])} opened now"),
-    )
-
-
-@topics_app.command("check")
-def topics_check(data: Data = None, as_json: Json = False) -> None:
-    """Say what is missing or unsafe about the topics; exit 1 where anything is."""
-    from tollway.streams.control_plane import topics_faults
-
-    faults = do(topics_faults(read_settings(data)))
-    say({"faults": faults}, as_json, lambda _: print("\n".join(faults) if faults else "topics are as they must be"))
-    raise typer.Exit(1 if faults else 0)

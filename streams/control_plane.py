@@ -1,4 +1,4 @@
-"""What the control plane's commands do: read their arguments, check, sign, append; and check the topics."""
+"""What the control plane's commands do: read their arguments, check, sign, append."""
 
 import json
 import sys
@@ -7,15 +7,16 @@ from typing import Any
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import Admin, epoch_of, log_partitions, read_newest, started_producer
+from tollway.connectors.kafka import epoch_of, log_partitions, read_newest, started_producer
 from tollway.schemas import codec
 from tollway.schemas.command import DEFAULT_POLICY, CommandError, check_body, parse_body
-from tollway.schemas.topics import TOPICS, USAGE
+from tollway.schemas.topics import USAGE
 from tollway.streams.bootstrap import new_command_id
 from tollway.streams.directory import Directory
 from tollway.streams.judge_command import is_command
 from tollway.streams.settings import Settings
 from tollway.streams.status import checkpoints_of
+from tollway.streams.wiring import kafka_admin
 
 
 async def append_command(settings: Settings, account: str, kind: str, body: dict[str, Any]) -> dict[int, int]:
@@ -25,7 +26,7 @@ async def append_command(settings: Settings, account: str, kind: str, body: dict
     except CommandError as error:
         raise Refused(str(error)) from error
     signer = Signer.read(settings.data / "control.key")
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     partitions = await log_partitions(admin)
     if kind == "customer.bind":
         await _refuse_second_bind(settings, partitions, account, body["customer"])
@@ -45,7 +46,7 @@ async def _refuse_second_bind(settings: Settings, partitions: int, account: str,
 
 async def customers(settings: Settings, partitions: int) -> dict[str, str]:
     """account → Stripe customer: of the newest checkpoints, and of the binds in the log behind them."""
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     epoch = epoch_of(await admin.topic_id(USAGE.name))
     found = await checkpoints_of(settings, epoch, partitions, ["accounts"])
     bound: dict[str, str] = {}
@@ -112,24 +113,3 @@ def price_body(price_ref: str, asset: str, unit_nano: list[str]) -> dict[str, An
             raise Refused(f"--unit-nano is {text!r}: give meter=nano units a unit, such as tokens_in=3000")
         units[meter] = int(nano)
     return {"price_ref": price_ref, "asset": asset, "unit_nano": units}
-
-
-async def topics_faults(settings: Settings) -> list[str]:
-    """What is missing or unsafe, a sentence each."""
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
-    present = await admin.partitions()
-    missing = [topic.name for topic in TOPICS if topic.name not in present]
-    if missing:
-        return [f"topic {name} is not there: run `tollway topics create`" for name in missing]
-    counts = {topic.name: present[topic.name] for topic in TOPICS}
-    faults = [] if len(set(counts.values())) == 1 else [f"partition counts differ: {counts}"]
-    for topic in TOPICS:
-        actual = await admin.settings_of(topic.name)
-        faults += [
-            f"{topic.name}: {name} is {actual.get(name)}, must be {value}"
-            for name, value in topic.settings.items()
-            if actual.get(name) != value
-        ]
-        if settings.replication >= 3 and int(actual.get("min.insync.replicas", "1")) < 2:
-            faults.append(f"{topic.name}: min.insync.replicas is {actual.get('min.insync.replicas')}, must be 2")
-    return faults

@@ -15,7 +15,7 @@ from rich.live import Live
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Fatal, Refused
-from tollway.connectors.kafka import Admin, log_partitions, started_producer
+from tollway.connectors.kafka import log_partitions, started_producer
 from tollway.connectors.stripe import Delivered, StripePort
 from tollway.schemas import codec
 from tollway.schemas.lane import lane, partition, tag
@@ -37,7 +37,7 @@ from tollway.streams.demo_service import ACCOUNTS, FLUSH_S, METERS, SERVICES
 from tollway.streams.demo_view import Watch, conclusion, line, live
 from tollway.streams.local import local_stack
 from tollway.streams.settings import Settings
-from tollway.streams.wiring import redis_client, stripe_port
+from tollway.streams.wiring import kafka_admin, redis_client, stripe_port
 
 RATE = 200.0
 """Calls a second and service."""
@@ -128,7 +128,7 @@ class Demo:
 
     async def run(self, plant_fault: bool) -> tuple[Books, list[Difference]]:
         """All of it. Raises Fatal where a service fails."""
-        self.partitions = await log_partitions(Admin(self.settings.kafka_bootstrap, self.settings.admin_security()))
+        self.partitions = await log_partitions(kafka_admin(self.settings))
         try:
             await self._open()
             services = [await self._service(name) for name in SERVICES]

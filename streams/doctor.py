@@ -24,7 +24,7 @@ from tollway.streams.worker import public_key_of
 
 MEMORY_FULL_PERCENT = 90
 TABLES = ("usage_log", "usage_events", "audit_manifest")
-MIGRATE = "create the tables, as the service `tables` of docker-compose.yml does"
+MIGRATE = "run `tollway audit migrate`"
 
 
 async def examine(settings: Settings, **options: Any) -> list[Finding]:

@@ -14,11 +14,11 @@ from tollway.connectors.kafka import epoch_of, read_newest
 from tollway.schemas import codec
 from tollway.schemas.command import LogConfig, parse_body
 from tollway.schemas.topics import TOPICS, USAGE
-from tollway.streams.control_plane import topics_faults
 from tollway.streams.directory import Directory
-from tollway.streams.examination import CLOCKS_APART_MAX_S, DEADLINE_S, FAILED, Examination, one_line, split
+from tollway.streams.examination import CLOCKS_APART_MAX_S, DEADLINE_S, FAILED, Examination, one_line
 from tollway.streams.settings import Settings
 from tollway.streams.status import checkpoints_of
+from tollway.streams.topic_faults import topics_faults
 from tollway.streams.worker import GROUPS
 
 RECENT_S = 60
@@ -117,10 +117,9 @@ async def _topics(exam: Examination) -> bool:
     faults = await exam.ask("kafka", topics_faults(exam.settings), cure)
     if faults is FAILED:
         return False
-    missing = [fault for fault in faults if "is not there" in fault]
+    missing = [fault for fault in faults if fault.setting == "topic"]
     for fault in faults:
-        what, own = split(fault) if fault in missing else (fault, "alter the topic before the next worker starts")
-        exam.ill("kafka", what, own)
+        exam.ill("kafka", f"{fault.topic}: {fault.what} ({fault.why})", fault.cure)
     if not faults:
         exam.well("kafka", f"the log's {len(TOPICS)} topics have the settings they need")
     return not missing

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import Admin, log_partitions, read_newest
+from tollway.connectors.kafka import log_partitions, read_newest
 from tollway.connectors.meter_events import meter_events_since
 from tollway.connectors.redis import read_quota
 from tollway.schemas import codec
@@ -14,7 +14,7 @@ from tollway.schemas.topics import DEAD_LETTERS
 from tollway.schemas.usage import ID
 from tollway.streams.dead_letters import parse_letter
 from tollway.streams.settings import Settings
-from tollway.streams.wiring import redis_client, stripe_port
+from tollway.streams.wiring import kafka_admin, redis_client, stripe_port
 
 HOUR_S = 3_600
 
@@ -31,7 +31,7 @@ async def quota_of(settings: Settings, account: str) -> dict[str, Any]:
 
 async def letters_of(settings: Settings) -> list[dict[str, Any]]:
     """Every dead letter that the topic holds, oldest first; a re-sent one counts once."""
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     partitions = await log_partitions(admin)
     found = await read_newest(
         settings.kafka_bootstrap, settings.kafka_security(), DEAD_LETTERS.name, range(partitions), None
@@ -66,7 +66,7 @@ async def dead_letter_at(settings: Settings, number: int, offset: int) -> dict[s
 async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
     """Ours beside Stripe's: units by customer, meter and hour of usage."""
     check_account(account)
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     home = partition(lane(account), await log_partitions(admin))
     found = await meter_events_since(settings.kafka_bootstrap, settings.kafka_security(), home, account, 0)
     by_n = {event["n"]: event for event in found}

@@ -35,12 +35,27 @@ class Settings(BaseSettings):
     )
     kafka_sasl_username: str = Field("", description="SASL user")
     kafka_sasl_password: SecretStr = Field(SecretStr(""), description="SASL password")
-    kafka_ca_file: Path | None = Field(None, description="CA certificates for Kafka over TLS")
-    replication: int = Field(1, ge=1, description="replication factor of new topics; 3 in production")
+    kafka_ca_file: Path | None = Field(
+        None, description="CA certificates for Kafka over TLS, PEM; default: the system's"
+    )
+    kafka_cert_file: Path | None = Field(
+        None, description="our own certificate for Kafka, PEM, where brokers ask for one"
+    )
+    kafka_key_file: Path | None = Field(None, description="the key of that certificate, PEM, without a passphrase")
+    kafka_admin_timeout_s: float = Field(15.0, gt=0, description="how long a question about topics may take")
+    replication: int = Field(
+        3,
+        ge=1,
+        description="copies of each topic, at least 3; 1 declares a single broker, whose disk is the only copy (a local stack's is 1)",
+    )
     partitions: int = Field(16, ge=1, le=256, description="partitions of new topics: a power of two; 64 in production")
 
     redis_url: SecretStr = Field(
-        SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey that gates read, with its password"
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey that gates read, with user and password; rediss:// talks TLS",
+    )
+    redis_ca_file: Path | None = Field(
+        None, description="CA certificates for Redis over TLS, PEM; default: the system's"
     )
     clickhouse_host: str = Field("127.0.0.1", description="ClickHouse host")
     clickhouse_port: int = Field(8123, description="ClickHouse HTTP port")
@@ -48,6 +63,10 @@ class Settings(BaseSettings):
     clickhouse_password: SecretStr = Field(SecretStr(""), description="ClickHouse password")
     clickhouse_database: str = Field("tollway", description="ClickHouse database", pattern=r"^[a-z_][a-z0-9_]*$")
     clickhouse_secure: bool = Field(False, description="talk TLS to ClickHouse")
+    clickhouse_ca_file: Path | None = Field(
+        None, description="CA certificates for ClickHouse over TLS, PEM; default: a built-in list"
+    )
+    clickhouse_timeout_s: float = Field(300.0, gt=0, description="how long an answer of ClickHouse may take")
     stripe_key: SecretStr = Field(
         SecretStr("sk_test_local"), description="Stripe key: restricted, meter events write, meters read"
     )
@@ -100,7 +119,8 @@ class Settings(BaseSettings):
 
         security: dict[str, Any] = {"security_protocol": self.kafka_security_protocol}
         if "SSL" in self.kafka_security_protocol:
-            security["ssl_context"] = create_ssl_context(cafile=str(self.kafka_ca_file) if self.kafka_ca_file else None)
+            ca, cert, key = (path and str(path) for path in (self.kafka_ca_file, *self._certificate()))
+            security["ssl_context"] = create_ssl_context(cafile=ca, certfile=cert, keyfile=key)
         if "SASL" in self.kafka_security_protocol:
             security |= {
                 "sasl_mechanism": self.kafka_sasl_mechanism,
@@ -109,6 +129,12 @@ class Settings(BaseSettings):
             }
         return security
 
+    def _certificate(self) -> tuple[Path | None, Path | None]:
+        """Our certificate and its key. Raises Refused where one of them is given without the other."""
+        if (self.kafka_cert_file is None) != (self.kafka_key_file is None):
+            raise Refused("TOLLWAY_KAFKA_CERT_FILE and TOLLWAY_KAFKA_KEY_FILE belong together: give both, or neither")
+        return self.kafka_cert_file, self.kafka_key_file
+
     def admin_security(self) -> dict[str, Any]:
         """librdkafka's properties for TLS and SASL."""
         if self.kafka_security_protocol == "PLAINTEXT":
@@ -116,6 +142,9 @@ class Settings(BaseSettings):
         security: dict[str, Any] = {"security.protocol": self.kafka_security_protocol}
         if self.kafka_ca_file:
             security["ssl.ca.location"] = str(self.kafka_ca_file)
+        if self.kafka_cert_file:
+            cert, key = self._certificate()
+            security |= {"ssl.certificate.location": str(cert), "ssl.key.location": str(key)}
         if "SASL" in self.kafka_security_protocol:
             security |= {
                 "sasl.mechanism": self.kafka_sasl_mechanism,
@@ -137,6 +166,8 @@ def read(**given: Any) -> Settings:
         if key.exists():
             told["stripe_key"] = key.read_text(encoding="utf-8").strip()
         fields = Settings.model_fields.keys() - first.model_fields_set
+        if "kafka_bootstrap" in fields:
+            told.setdefault("replication", 1)  # one broker, declared so: a real one must be said to be
         from_stack = {name: value for name, value in told.items() if name in fields}
         return Settings(**{**from_stack, **given})
     except ValidationError as error:

@@ -3,11 +3,12 @@
 import time
 from typing import Any
 
-from tollway.connectors.kafka import Admin, ends, epoch_of, log_partitions
+from tollway.connectors.kafka import ends, epoch_of, log_partitions
 from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
 from tollway.streams.checkpoint import Checkpoint
 from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.settings import Settings
+from tollway.streams.wiring import kafka_admin
 
 GROUP_TOPICS = {"accounts": USAGE.name, "audit": USAGE.name, "stripe": METER_EVENTS.name}
 
@@ -25,7 +26,7 @@ async def checkpoints_of(
 
 async def status(settings: Settings) -> dict[str, Any]:
     """One object: `groups` with a row a partition, totals a group, and dead letters. Times in ms, ages in seconds."""
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     partitions = await log_partitions(admin)
     epoch = epoch_of(await admin.topic_id(USAGE.name))
     security = settings.kafka_security()

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from tollway.connectors.clickhouse import AuditStore
 from tollway.connectors.errors import Unavailable
+from tollway.connectors.kafka import Admin
 from tollway.connectors.redis import connect
 from tollway.connectors.stripe import StripePort
 from tollway.streams.quota_view import QuotaView
@@ -18,6 +19,11 @@ log = logging.getLogger(__name__)
 
 def audit_store(settings: Settings) -> AuditStore:
     """ClickHouse, connected at first use."""
+def kafka_admin(settings: Settings) -> Admin:
+    """Questions about topics, and their making."""
+    return Admin(settings.kafka_bootstrap, settings.admin_security(), timeout_s=settings.kafka_admin_timeout_s)
+
+
     return AuditStore(
         settings.clickhouse_host,
         settings.clickhouse_port,
@@ -27,6 +33,8 @@ def audit_store(settings: Settings) -> AuditStore:
         secure=settings.clickhouse_secure,
     )
 
+        ca_file=settings.clickhouse_ca_file,
+        timeout_s=settings.clickhouse_timeout_s,
 
 def stripe_port(settings: Settings) -> StripePort:
     """Stripe, or the stand-in of the local stack."""
@@ -35,7 +43,7 @@ def stripe_port(settings: Settings) -> StripePort:
 
 def redis_client(settings: Settings) -> Redis:
     """Redis or Valkey with a pool that queues instead of failing."""
-    return connect(settings.redis_url.get_secret_value())
+    return connect(settings.redis_url.get_secret_value(), ca_file=settings.redis_ca_file)
 
 
 class Parts:

@@ -13,10 +13,12 @@ from aiohttp import web
 
 from tollway.connectors.control import Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import Admin, epoch_of, log_partitions
+from tollway.connectors.kafka import epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
 from tollway.streams.engine import Engine, EngineConfig
 from tollway.streams.settings import Settings
+from tollway.streams.topic_faults import refuse_unsafe
+from tollway.streams.wiring import kafka_admin
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +75,9 @@ def public_key_of(settings: Settings) -> str:
 
 async def engine_config(settings: Settings, replica: Replica) -> EngineConfig:
     """What an engine is told, with the log's epoch and partitions as the broker has them."""
-    admin = Admin(settings.kafka_bootstrap, settings.admin_security())
+    admin = kafka_admin(settings)
     partitions = await log_partitions(admin)
+    await refuse_unsafe(settings)
     return EngineConfig(
         bootstrap=settings.kafka_bootstrap,
         epoch=epoch_of(await admin.topic_id(USAGE.name)),

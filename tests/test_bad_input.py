@@ -35,8 +35,8 @@ class Log:
 def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Log]:
     data = tmp_path_factory.mktemp("log")
     with KafkaBroker(data / "kafka") as broker:
-        asyncio.run(create(Settings(data=data, kafka_bootstrap=broker.bootstrap, partitions=PARTITIONS)))
-        yield Log(data, {"kafka_bootstrap": broker.bootstrap})
+        asyncio.run(create(Settings(data=data, kafka_bootstrap=broker.bootstrap, partitions=PARTITIONS, replication=1)))
+        yield Log(data, {"kafka_bootstrap": broker.bootstrap, "replication": "1"})
 
 
 def refusal(*argv: str, data: Path, **env: str) -> str:
@@ -100,7 +100,8 @@ def test_a_wrong_clickhouse_password(log: Log, clickhouse: ClickHouseServer) -> 
 def test_another_log_than_the_checkpoints(log: Log) -> None:
     """The log's topic was deleted and made again: the worker refuses to mix the two."""
     admin = AdminClient({"bootstrap.servers": log.env["kafka_bootstrap"]})
-    for futures in (admin.delete_topics([USAGE.name]), admin.create_topics([NewTopic(USAGE.name, PARTITIONS, 1)])):
+    again = NewTopic(USAGE.name, PARTITIONS, 1, config=USAGE.settings)
+    for futures in (admin.delete_topics([USAGE.name]), admin.create_topics([again])):
         for future in futures.values():
             future.result(DEADLINE_S)
     said = refusal("worker", "--group", "stripe", data=log.data, **log.env)

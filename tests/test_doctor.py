@@ -76,6 +76,7 @@ def good(
             data=data,
             kafka_bootstrap=broker.bootstrap,
             partitions=PARTITIONS,
+            replication=1,
             redis_url=SecretStr(valkey.url),
             clickhouse_host=clickhouse.host,
             clickhouse_port=clickhouse.port,
@@ -291,7 +292,7 @@ async def test_a_broker_with_nothing_on_it(good: Settings, tmp_path: Path) -> No
     with KafkaBroker(tmp_path, settings={"auto.create.topics.enable": "true"}) as bare:
         settings = but(good, kafka_bootstrap=bare.bootstrap)
         said = faults(await examine(settings))["kafka"]
-        assert sum("is not there; run `tollway topics create`" in one for one in said) == len(TOPICS)
+        assert sum("is not there, or this user may not see it" in one for one in said) == len(TOPICS)
         assert sum("auto.create.topics.enable is on" in one for one in said) == 1
         await Admin(bare.bootstrap).create(PARTITIONS, 1)
         found = faults(await examine(but(settings, replication=3)))

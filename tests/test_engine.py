@@ -108,7 +108,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """A broker and a log of this module's own."""
     data = tmp_path_factory.mktemp("engine")
     with KafkaBroker(data / "kafka", settings={"group.min.session.timeout.ms": "500"}) as broker:
-        given = {"partitions": PARTITIONS, "billing_window_s": 10, "billing_grace_s": 5}
+        given = {"partitions": PARTITIONS, "replication": 1, "billing_window_s": 10, "billing_grace_s": 5}
         settings = Settings(data=data, kafka_bootstrap=broker.bootstrap, **given)
         asyncio.run(create(settings))
         yield settings

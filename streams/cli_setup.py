@@ -1,0 +1,68 @@
+"""Commands that make the places of a deployment, and check them before anything is sent there."""
+
+from typing import Annotated, Any
+
+import typer
+
+from tollway.streams.cli_looks import audit_app
+from tollway.streams.cli_words import Data, Json, do, read_settings, say
+
+app = typer.Typer()
+topics_app = typer.Typer(no_args_is_help=True, help="The topics of a log.")
+app.add_typer(topics_app, name="topics")
+
+SingleBroker = Annotated[
+    bool,
+    typer.Option(
+        "--single-broker",
+        help="Declare that one broker, whose disk is the only copy, is meant: as TOLLWAY_REPLICATION=1, which workers need.",
+    ),
+]
+
+
+def _declared(single_broker: bool) -> dict[str, Any]:
+    return {"replication": 1} if single_broker else {}
+
+
+@topics_app.command("create")
+def topics_create(single_broker: SingleBroker = False, data: Data = None, as_json: Json = False) -> None:
+    """Create the topics, the first checkpoints and log.open; finishes what an interrupted run began, refuses unsafe ones."""
+    from tollway.streams.bootstrap import create
+
+    done = do(create(read_settings(data, **_declared(single_broker))))
+    say(
+        done,
+        as_json,
+        lambda _: print(f"log {done['epoch']}: {done['partitions']} partitions, {len(done['opened'])} opened now"),
+    )
+
+
+@topics_app.command("check")
+def topics_check(single_broker: SingleBroker = False, data: Data = None, as_json: Json = False) -> None:
+    """Say what is missing or unsafe about the topics, why, and what to do; exit 1 where anything is."""
+    from tollway.streams.topic_faults import topics_faults
+
+    faults = do(topics_faults(read_settings(data, **_declared(single_broker))))
+    say(
+        {"faults": [fault.to_json() for fault in faults]},
+        as_json,
+        lambda _: print("\n".join(map(str, faults)) if faults else "topics are as they must be"),
+    )
+    raise typer.Exit(1 if faults else 0)
+
+
+@audit_app.command("migrate")
+def audit_migrate(data: Data = None, as_json: Json = False) -> None:
+    """Create ClickHouse's database and tables, and apply what a newer Tollway adds; repeats what was interrupted."""
+    from tollway.streams.wiring import audit_store
+
+    store = audit_store(read_settings(data))
+    try:
+        done = store.migrate()
+    finally:
+        store.close()
+    say(
+        {"database": store.database, "applied": done},
+        as_json,
+        lambda _: print(f"{store.database}: {', '.join(done) if done else 'nothing to do, it has all tables'}"),
+    )
