@@ -8,7 +8,7 @@ import typer
 
 from tollway.connectors.errors import Refused, TollwayError
 from tollway.schemas.evolution import SchemaError
-from tollway.streams import cli_accounts, cli_control, cli_looks, cli_setup
+from tollway.streams import cli_control, cli_looks, cli_setup
 from tollway.streams.cli_words import Data, Json, read_settings
 
 app = typer.Typer(
