@@ -17,13 +17,13 @@ from tollway.streams.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def audit_store(settings: Settings) -> AuditStore:
-    """ClickHouse, connected at first use."""
 def kafka_admin(settings: Settings) -> Admin:
     """Questions about topics, and their making."""
     return Admin(settings.kafka_bootstrap, settings.admin_security(), timeout_s=settings.kafka_admin_timeout_s)
 
 
+def audit_store(settings: Settings) -> AuditStore:
+    """ClickHouse, connected at first use."""
     return AuditStore(
         settings.clickhouse_host,
         settings.clickhouse_port,
@@ -31,10 +31,10 @@ def kafka_admin(settings: Settings) -> Admin:
         settings.clickhouse_password.get_secret_value(),
         settings.clickhouse_database,
         secure=settings.clickhouse_secure,
-    )
-
         ca_file=settings.clickhouse_ca_file,
         timeout_s=settings.clickhouse_timeout_s,
+    )
+
 
 def stripe_port(settings: Settings) -> StripePort:
     """Stripe, or the stand-in of the local stack."""
