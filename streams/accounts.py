@@ -18,6 +18,7 @@ from tollway.streams.fold import Message, Send
 from tollway.streams.hand import Work, take
 from tollway.streams.judge import cut, judge, log_times
 from tollway.streams.quota import Quota
+from tollway.streams.seal import Seal, crossed, sealed_aside
 from tollway.streams.state import PartitionState
 
 PARTS: dict[str, Any] = {"quota": Quota, "billing": Billing}
@@ -46,6 +47,7 @@ class AccountsEffects:
     partition: int
     meter_events: list[MeterEvent] = field(default_factory=list)
     dead_letters: list[Message] = field(default_factory=list)
+    seals: list[Seal] = field(default_factory=list)
 
 
 class View(Protocol):
@@ -135,8 +137,11 @@ class AccountsFold:
         while start < len(records):
             rest = records.part(start, len(records))
             end = cut(state, rest)
-            step = state.step_of(int(log_times(state, rest)[0]))
+            log_time_ms = int(log_times(state, rest)[0])
+            step = state.step_of(log_time_ms)
             if step != state.step:
+                if (day := crossed(state, log_time_ms)) is not None:
+                    effects.seals.append(await sealed_aside(self.group, state, day))
                 state.enter(step)
                 entered = Step(state, step * state.step_s)
                 await self._quota(entered)
@@ -154,7 +159,10 @@ class AccountsFold:
         return effects
 
     async def settle(self, effects: list[AccountsEffects], send: Send) -> None:
-        """Meter events go to the partition of their account, dead letters to the one they come from."""
+        """Meter events go to the partition of their account, dead letters to the one they come from.
+
+        Sealed snapshots go last: where one stands, all that was caused before it is acknowledged.
+        """
         messages: list[Message] = [
             (
                 METER_EVENTS.name,
@@ -172,6 +180,10 @@ class AccountsFold:
             self._fail.hit("accounts.between_effects")
         if letters:
             await send(letters)
+        for effect in effects:
+            for seal in effect.seals:
+                self._fail.hit("accounts.before_seal")
+                await send(seal.messages())
 
     def settled(self, partition: int, state: PartitionState) -> None:
         """Totals up to this offset may show."""

@@ -1,12 +1,13 @@
 """usage.events → ClickHouse: the fold of group `audit`, whole blocks at a time."""
 
 from collections.abc import AsyncIterable, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import ConsumerRecord
 
 from tollway.connectors.clickhouse import AuditStore
+from tollway.connectors.errors import Fatal, Unavailable
 from tollway.schemas.topics import TICK_KEY, USAGE
 from tollway.streams.accounts import check_key, judged_stats
 from tollway.streams.audit import Audit, Block
@@ -15,7 +16,8 @@ from tollway.streams.cutter import BlockCutter
 from tollway.streams.failpoint import Failpoints
 from tollway.streams.fold import Send
 from tollway.streams.hand import Work, take
-from tollway.streams.judge import judge_block
+from tollway.streams.judge import judge_block, log_times
+from tollway.streams.seal import Seal, crossed, sealed_aside
 from tollway.streams.state import PartitionState
 
 PARTS: dict[str, Any] = {"audit": Audit}
@@ -31,6 +33,14 @@ class BlockOf:
 
     state: PartitionState
     batches: list[Batch]
+
+
+@dataclass
+class AuditEffects:
+    """What a stretch of one partition has caused."""
+
+    blocks: list[Block] = field(default_factory=list)
+    seals: list[Seal] = field(default_factory=list)
 
 
 def think_audit(subject: BlockOf) -> Block:
@@ -87,25 +97,34 @@ class AuditFold:
         self._cutters[state.partition] = (begin, len(stash), cutter, blocks)
         return sum(blocks[:BLOCKS_MAX])
 
-    async def take(self, state: PartitionState, records: Records) -> list[Block]:
+    async def take(self, state: PartitionState, records: Records) -> AuditEffects:
         """Judge and chain each of the blocks that `ready` counted."""
         begin, fed, cutter, lengths = self._cutters[state.partition]
-        taken, start = [], 0
+        taken, start = AuditEffects(), 0
         while start < len(records):
             length = lengths.pop(0)
-            batches = judge_block(state, records.part(start, start + length))
+            block = records.part(start, start + length)
+            if (day := crossed(state, int(log_times(state, block)[-1]))) is not None:
+                taken.seals.append(await sealed_aside(self.group, state, day))
+            batches = judge_block(state, block)
             if state.directory.config is not None:
                 check_key(state, self._public_key)
-            taken.append(await self._audit(BlockOf(state, batches)))
+            taken.blocks.append(await self._audit(BlockOf(state, batches)))
             start += length
         self._cutters[state.partition] = (begin + start, fed - start, cutter, lengths)
         return taken
 
-    async def settle(self, effects: list[list[Block]], send: Send) -> None:
-        """One insert carries all whole blocks of the turn."""
-        blocks = [block for taken in effects for block in taken]
-        await self._store.insert(blocks)
+    async def settle(self, effects: list[AuditEffects], send: Send) -> None:
+        """One insert carries all whole blocks of the turn; sealed snapshots go last."""
+        blocks = [block for taken in effects for block in taken.blocks]
+        try:
+            await self._store.insert(blocks)
+        except Fatal as error:  # no block is given up: red, and tried again until somebody has put it right
+            raise Unavailable(str(error)) from error
         self._fail.hit("audit.between_effects")
+        for taken in effects:
+            for seal in taken.seals:
+                await send(seal.messages())
 
     def settled(self, partition: int, state: PartitionState) -> None:
         """Nothing to show."""

@@ -16,6 +16,8 @@ FORMAT = 1
 PART_BYTES_MAX = 15 * 1024 * 1024
 RED_BYTES = 12 * 1024 * 1024
 SLOTS = 2
+SEALED = "sealed"
+"""Stands where a checkpoint's key has its slot, in the keys of sealed snapshots (`streams.seal`)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Checkpoint:
     fold_version: int
     stats: dict[str, Any]
     packed: bytes
+    generation: int = 0
+    """How often `tollway rebuild` has put another state in its place: the highest counts, whatever offsets it stands at."""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -58,15 +62,20 @@ def encode(
     fold_version: int,
     stats: dict[str, Any],
     state: dict[str, Any],
+    generation: int = 0,
     part_bytes_max: int = PART_BYTES_MAX,
 ) -> list[tuple[bytes, bytes]]:
     """(key, value) records of one checkpoint: one, or numbered parts where it is larger than a message."""
     head = [group, epoch, partition, slot, next_offset, turn, written_ms, fold_version, stats]
     packed = zstandard.ZstdCompressor(level=1).compress(msgpack.packb(state, use_bin_type=True))
-    body = msgpack.packb([*head, packed], use_bin_type=True)
-    digest = hashlib.sha256(body).digest()  # over the head too: a changed offset must not pass
+    body = msgpack.packb([*head, packed, generation], use_bin_type=True)
+    return framed(f"{group}|{epoch}|{partition}|{slot}", body, part_bytes_max)
+
+
+def framed(key: str, body: bytes, part_bytes_max: int = PART_BYTES_MAX) -> list[tuple[bytes, bytes]]:
+    """A body as (key, value) records that `unframed` takes only whole. The digest covers the head too."""
+    digest = hashlib.sha256(body).digest()
     chunks = [body[at : at + part_bytes_max] for at in range(0, len(body), part_bytes_max)]
-    key = f"{group}|{epoch}|{partition}|{slot}"
     return [
         (
             (key + (f"|{number}" if number else "")).encode(),
@@ -83,16 +92,27 @@ def newest(
 
     Damaged, torn and foreign records are passed over: the other slot is there for them.
     """
-    writes: dict[bytes, dict[int, tuple[int, bytes]]] = {}
-    for key, value in records:
-        if key.decode("utf-8", "replace").split("|")[:3] == [group, epoch, str(partition)] and value:
-            part = _unpack(value)
-            if part is not None:
-                number, count, digest, chunk = part
-                writes.setdefault(digest, {})[number] = (count, chunk)
-    valid = [found for digest, parts in writes.items() if (found := _assemble(digest, parts)) is not None]
+    prefix = [group, epoch, str(partition)]
+    named = ((key.decode("utf-8", "replace").split("|"), value) for key, value in records)
+    mine = (value for name, value in named if name[:3] == prefix and name[3:4] != [SEALED])
+    valid = [Checkpoint(*msgpack.unpackb(body, raw=False, strict_map_key=False)) for body in unframed(mine)]
     valid = [found for found in valid if (found.group, found.epoch, found.partition) == (group, epoch, partition)]
-    return max(valid, key=lambda found: (found.turn if by_turn else found.next_offset, found.written_ms), default=None)
+    return max(
+        valid,
+        key=lambda found: (found.generation, found.turn if by_turn else found.next_offset, found.written_ms),
+        default=None,
+    )
+
+
+def unframed(values: Iterable[bytes | None]) -> list[bytes]:
+    """The bodies among records' values that are whole and undamaged."""
+    writes: dict[bytes, dict[int, tuple[int, bytes]]] = {}
+    for value in values:
+        part = _unpack(value) if value else None
+        if part is not None:
+            number, count, digest, chunk = part
+            writes.setdefault(digest, {})[number] = (count, chunk)
+    return [body for digest, parts in writes.items() if (body := _assemble(digest, parts)) is not None]
 
 
 def epochs(records: Iterable[tuple[bytes, bytes]], group: str, partition: int) -> set[str]:
@@ -111,10 +131,8 @@ def _unpack(value: bytes) -> tuple[int, int, bytes, bytes] | None:
     return (number, count, digest, chunk) if sound else None
 
 
-def _assemble(digest: bytes, parts: dict[int, tuple[int, bytes]]) -> Checkpoint | None:
+def _assemble(digest: bytes, parts: dict[int, tuple[int, bytes]]) -> bytes | None:
     if 0 not in parts or set(parts) != set(range(parts[0][0])):
         return None
     body = b"".join(parts[number][1] for number in range(len(parts)))
-    if hashlib.sha256(body).digest() != digest:
-        return None
-    return Checkpoint(*msgpack.unpackb(body, raw=False, strict_map_key=False))
+    return body if hashlib.sha256(body).digest() == digest else None
