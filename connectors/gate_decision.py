@@ -128,6 +128,15 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class Extension:
+    """The answer to extend: the hold as it now is, whether it was granted, else why not (deny, done, gone, frozen, an outage)."""
+
+    hold: Hold
+    granted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Decision:
     """The gate's answer. `allowed` alone is a licence to execute; `status` is its HTTP status."""
 
