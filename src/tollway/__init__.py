@@ -4,6 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tollway.connectors.call import Call as Call
+    from tollway.connectors.call import current_call as current_call
+    from tollway.connectors.context import Origin as Origin
+    from tollway.connectors.context import outgoing as outgoing
+    from tollway.connectors.context import run as run
+    from tollway.connectors.denied import Denied as Denied
     from tollway.connectors.emitter import Emitted as Emitted
     from tollway.connectors.emitter import Emitter as Emitter
     from tollway.connectors.errors import Fatal as Fatal
@@ -11,6 +17,11 @@ if TYPE_CHECKING:
     from tollway.connectors.errors import Refused as Refused
     from tollway.connectors.errors import TollwayError as TollwayError
     from tollway.connectors.errors import Unavailable as Unavailable
+    from tollway.connectors.meter import Meter as Meter
+    from tollway.connectors.metered import metered as metered
+    from tollway.connectors.principal import ClaimedAccount as ClaimedAccount
+    from tollway.connectors.principal import Principal as Principal
+    from tollway.connectors.principal import bound_by as bound_by
     from tollway.connectors.sinks import CompositeSink as CompositeSink
     from tollway.connectors.sinks import JsonlSink as JsonlSink
     from tollway.connectors.sinks import KafkaSink as KafkaSink
@@ -21,8 +32,14 @@ if TYPE_CHECKING:
     from tollway.schemas.usage import UsageEvent as UsageEvent
 
 _HOMES = {
+    "connectors.call": ("Call", "current_call"),
+    "connectors.context": ("Origin", "outgoing", "run"),
+    "connectors.denied": ("Denied",),
     "connectors.emitter": ("Emitted", "Emitter"),
     "connectors.errors": ("Fatal", "Invalid", "Refused", "TollwayError", "Unavailable"),
+    "connectors.meter": ("Meter",),
+    "connectors.metered": ("metered",),
+    "connectors.principal": ("ClaimedAccount", "Principal", "bound_by"),
     "connectors.sinks": ("CompositeSink", "JsonlSink", "KafkaSink", "MemorySink", "Sink", "read_jsonl"),
     "schemas.usage": ("FieldError", "UsageEvent"),
 }
