@@ -8,6 +8,7 @@ async with Gate("redis://…", emitter) as gate:
 """
 
 import asyncio
+import logging
 import os
 import random
 import time
@@ -69,6 +70,8 @@ DEADLINE_S = 0.05
 """Of a decision, a re-assertion on the way included; then the policy's outage answer."""
 GRACE_S = 900
 """An uncaptured hold expires this long after its time, by the lane's log time (the log's `hold_grace_s`)."""
+
+log = logging.getLogger(__name__)
 
 OUTAGE_WORDS = {"COLD": "cold", "GEN": "generation", "CLOCK": "clock", "STALE": "stale"}
 
@@ -292,7 +295,15 @@ class Gate:
         await self._keeper.close()
         await self._wire.close()
 
+    async def start(self) -> None:
+        """Connect and load the scripts beforehand; a Redis that is away is met at the first call."""
+        try:
+            await self._wire.warm()
+        except Unavailable as error:
+            log.warning("gate: %s", error)
+
     async def __aenter__(self) -> Self:
+        await self.start()
         return self
 
     async def __aexit__(

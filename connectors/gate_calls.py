@@ -36,7 +36,17 @@ class Me:
 
 def authorize_call(me: Me, ask: Ask, call: str, hold: str, unknown: str, scopes_max: int = LIVE_SCOPES_MAX) -> Call:
     account, t = ask.account, tag(lane(ask.account))
-    keys = [f"{t}m", f"{t}g", f"{t}p:{account}", f"{t}hx", f"{t}fx", f"{t}i:{account}~{call}", f"{t}h:{hold}", f"{t}n"]
+    keys = [
+        f"{t}m",
+        f"{t}g",
+        f"{t}p:{account}",
+        f"{t}hx",
+        f"{t}fx",
+        f"{t}i:{account}~{call}",
+        f"{t}h:{hold}",
+        f"{t}n",
+        f"{t}c",
+    ]
     keys += [f"{t}s:{account}~other~", *(f"{t}s:{account}~{scope}" for scope in ask.scopes)]
     arguments: list[str | int] = [
         account,

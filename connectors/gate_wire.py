@@ -77,6 +77,10 @@ class Wire(Protocol):
         late: Late | None = None,
     ) -> Any: ...
 
+    async def warm(self) -> None:
+        """Connect and load the scripts, so that the first call need not. Raises Unavailable."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -127,6 +131,16 @@ class PooledWire:
         except TimeoutError:
             raise Slow(f"Redis did not answer within {deadline_s * 1000:.0f} ms") from None
 
+    async def warm(self) -> None:
+        try:
+            await self._load()
+        except (RedisError, OSError) as error:
+            raise Unavailable(f"Redis does not answer: {error or type(error).__name__}") from error
+
+    async def _load(self) -> None:
+        for script in SCRIPTS:
+            await self._client.script_load(script.text)
+
     async def close(self) -> None:
         """Let what is under way end, then disconnect."""
         if self._pumps:
@@ -150,8 +164,7 @@ class PooledWire:
         try:
             lacking = await self._exchange(flight)
             if lacking:
-                for script in SCRIPTS:
-                    await self._client.script_load(script.text)
+                await self._load()
                 for call in await self._exchange(lacking):
                     _fail(call, Unavailable("Redis forgets scripts while they are loaded"))
         except (RedisError, OSError) as error:
@@ -217,6 +230,13 @@ class ClusterWire:
                     return await self._client.eval(script.text, len(keys), *keys, *arguments)
         except TimeoutError:
             raise Slow(f"Redis did not answer within {deadline_s * 1000:.0f} ms") from None
+        except (RedisError, OSError) as error:
+            raise Unavailable(f"Redis does not answer: {error or type(error).__name__}") from error
+
+    async def warm(self) -> None:
+        try:
+            for script in SCRIPTS:
+                await self._client.script_load(script.text)
         except (RedisError, OSError) as error:
             raise Unavailable(f"Redis does not answer: {error or type(error).__name__}") from error
 

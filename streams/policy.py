@@ -42,8 +42,9 @@ def _plan(counts: bytes) -> Plan:
 
 
 def gate_fields(policy: dict[str, Any], version: int, full: bool, frozen: bool = False) -> list[str]:
-    """Fields and values of `p:<account>`, alternating: v, frozen, full, outage, max_staleness_s and the limits.
+    """Fields and values of `p:<account>`, alternating: v, frozen, full, outage, max_staleness_s, limited and the limits.
 
+    `limited` lists where limits are, such as `calls:hd tokens_out:M`: authorize looks at these alone.
     A limit's field is `<scope or kind>|<meter>|<window>`; `principal` is written as user, client and anon, which a limit
     for one of these kinds overrides.
     """
@@ -54,6 +55,10 @@ def gate_fields(policy: dict[str, Any], version: int, full: bool, frozen: bool =
         "outage": policy["outage"],
         "max_staleness_s": str(policy["max_staleness_s"]),
     }
+    shapes: dict[str, set[str]] = defaultdict(set)
+    for row in policy["limits"]:
+        shapes[row["meter"]].add(row["window"])
+    fields["limited"] = " ".join(f"{meter}:{''.join(sorted(windows))}" for meter, windows in sorted(shapes.items()))
     for row in sorted(policy["limits"], key=lambda row: bool(row["scope"] != PRINCIPAL)):
         for scope in PRINCIPAL_KINDS if row["scope"] == PRINCIPAL else (row["scope"],):
             fields[f"{scope}|{row['meter']}|{row['window']}"] = str(row["limit"])

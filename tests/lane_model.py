@@ -30,6 +30,8 @@ class Lane:
     g: dict[str, str] = field(default_factory=dict)
     hx: dict[str, int] = field(default_factory=dict)
     fx: dict[str, int] = field(default_factory=dict)
+    n: dict[str, str] = field(default_factory=dict)
+    c: dict[str, int] = field(default_factory=dict)
 
     def answer(self, word: str) -> tuple[str, ...]:
         return (word, *(self.m.get(name, "") for name in ("off", "state", "gen", "begun")))
@@ -134,7 +136,19 @@ class Lane:
                 del self.s[scope]
             del self.fx[member]
             fields += 1
+            self._closed(scope, name, t // 1000)
+        self.c = {scope: until for scope, until in self.c.items() if until > t // 1000}
         return ("OK", unsettled, asked, fields, int(len(due) == limit or len(ended) == limit))
+
+    def _closed(self, scope: str, name: str, now_s: int) -> None:
+        account, _, kind = scope.partition("~")
+        if name.endswith(" L:0") and kind.partition(":")[0] in ("run", "sess"):
+            self.c[scope] = now_s + 35 * DAY_MS // 1000
+        if scope in self.n and scope not in self.s:
+            del self.n[scope]
+            self.n[account] = str(int(self.n[account]) - 1)
+            if self.n[account] == "0":
+                del self.n[account]
 
     def hold(self, name: str, fields: list[tuple[str, str, int, int]], due: int) -> None:
         """A granted hold: (scope, field, amount, end) each; end 0 = none."""
@@ -160,7 +174,7 @@ class Lane:
     def write(self, client: "redis.Redis[bytes]") -> None:
         """Make the real lane the same as this one."""
         client.flushdb()
-        for name in ("m", "g"):
+        for name in ("m", "g", "n"):
             if getattr(self, name):
                 client.hset(f"{TAG}{name}", mapping=getattr(self, name))
         for kind in ("s", "p"):
@@ -169,7 +183,7 @@ class Lane:
                     client.hset(f"{TAG}{kind}:{name}", mapping=fields)
         for name, hold in self.h.items():
             client.hset(f"{TAG}h:{name}", mapping={**hold, "r": msgpack.packb(hold["r"])})
-        for name in ("hx", "fx"):
+        for name in ("hx", "fx", "c"):
             if getattr(self, name):
                 client.zadd(f"{TAG}{name}", getattr(self, name))
         for name in self.i:
@@ -181,7 +195,7 @@ class Lane:
         lane = cls()
         for raw in client.scan_iter("tw:*", count=1_000):
             kind, _, name = raw.decode().removeprefix(TAG).partition(":")
-            if kind in ("hx", "fx"):
+            if kind in ("hx", "fx", "c"):
                 setattr(
                     lane,
                     kind,
@@ -195,7 +209,7 @@ class Lane:
                 texts: dict[str, Any] = {key.decode(): value.decode() for key, value in fields.items()}
                 if packed is not None:
                     texts["r"] = msgpack.unpackb(packed)
-                if kind in ("m", "g"):
+                if kind in ("m", "g", "n"):
                     setattr(lane, kind, texts)
                 else:
                     getattr(lane, kind)[name] = texts

@@ -1,6 +1,6 @@
 -- authorize: a hold in all scopes at once, or nothing. Run by gates.
 --
--- KEYS  m g p hx fx i:<account>~<call> h:<hold> n s:<account>~other~ s:<account>~<scope> ...
+-- KEYS  m g p hx fx i:<account>~<call> h:<hold> n c s:<account>~other~ s:<account>~<scope> ...
 -- ARGV  account, call, fingerprint, hold, ttl ms, grace ms, gate, gen, floor, scopes max, 'default' where an unknown
 --       account has no limits or '', then meter, ask, least ...
 -- gives [word, gen, off, count, outage, at us, staleness ms or ''] and
@@ -8,7 +8,7 @@
 --       DENY, CLOSED        the row that refused, rows; nothing is written
 --       COLD, CLOCK, GEN, UNKNOWN, FROZEN, STALE   nothing
 --       rows = [account~scope, '<meter> <window>:<start>', end or '', limit, left, units] each
-local m, g, p, hx, fx, i, h, n, other = unpack(KEYS, 1, 9)
+local m, g, p, hx, fx, i, h, n, c, other = unpack(KEYS, 1, 10)
 local account, call, fingerprint, hold = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local gate, gen, floor = ARGV[7], ARGV[8], ARGV[9]
 local tag = tag_of(m)
@@ -52,7 +52,7 @@ end
 -- A scope beyond the bound of live scopes is counted in other~, as the fold does.
 local full = policy[3] == '1' or tonumber(redis.call('HGET', n, account) or '0') >= tonumber(ARGV[10])
 local rows, twice, watched, fresh, names = {}, {}, false, {}, {}
-for k = 10, #KEYS do
+for k = 11, #KEYS do
   local s, scope = KEYS[k], string.sub(KEYS[k], prefix)
   local kind = string.match(scope, '^[^:]+')
   for j, shape in ipairs(shapes) do
@@ -60,7 +60,11 @@ for k = 10, #KEYS do
     names[2 * j - 1], names[2 * j] = scope .. limit, kind .. limit
   end
   local limits = #shapes > 0 and redis.call('HMGET', p, unpack(names)) or {}
-  local mine, fields = {}, {'closed'}
+  local ends = kind == 'run' or kind == 'sess'
+  if ends and redis.call('ZSCORE', c, string.sub(s, #tag + 3)) then
+    return answer('CLOSED', {string.sub(s, #tag + 3), '', '', '0', '0', '0'}, {})
+  end
+  local mine, fields = {}, {}
   for j, shape in ipairs(shapes) do
     local limit = limits[2 * j - 1] or limits[2 * j]
     if limit then
@@ -71,13 +75,10 @@ for k = 10, #KEYS do
     end
   end
   if full and redis.call('EXISTS', s) == 0 then s = other end
-  if #mine > 0 or kind == 'run' or kind == 'sess' then
+  if #mine > 0 then
     local values = redis.call('HMGET', s, unpack(fields))
-    if values[1] then
-      return answer('CLOSED', {string.sub(s, #tag + 3), '', '', '0', '0', '0'}, {})
-    end
     for j, row in ipairs(mine) do
-      row.s, row.used, row.held = s, values[2 * j], values[2 * j + 1]
+      row.s, row.used, row.held = s, values[2 * j - 1], values[2 * j]
       if row.ask then
         -- Two scopes that share other~ count twice there: the second one finds what the first may take gone.
         row.key = s .. ' ' .. row.base
@@ -125,10 +126,7 @@ for j, row in ipairs(rows) do
   if row.ask then
     if exists[row.s] == nil then
       exists[row.s] = true
-      if row.s ~= other and redis.call('EXISTS', row.s) == 0 then
-        redis.call('HSET', row.s, 'g', '1') -- made by a gate: counts towards the bound until it is swept
-        redis.call('HINCRBY', n, account, 1)
-      end
+      if row.s ~= other then made_by_gate(n, row.s, told[j][1], account) end
     end
     redis.call('HINCRBY', row.s, row.base .. ' h', units)
     if row.stop and (not row.held or row.stop - at > 31 * 86400) then

@@ -147,4 +147,11 @@ local function amounts(first, step, other)
   return function(base, old) return named[meter_of(base)] or other or old end
 end
 
+-- A scope that a gate makes counts towards the account's bound until it is swept.
+local function made_by_gate(n, s, scope, account)
+  if redis.call('EXISTS', s) == 0 and redis.call('HSETNX', n, scope, '1') == 1 then
+    redis.call('HINCRBY', n, account, 1)
+  end
+end
+
 local function tag_of(m) return string.sub(m, 1, -2) end

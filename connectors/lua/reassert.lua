@@ -70,10 +70,7 @@ for i = 3, #mine, 3 do
 end
 for i = 3, #record, 3 do
   local s, stop = tag .. 's:' .. record[i], stops[i + 2]
-  if string.sub(record[i], -7) ~= '~other~' and redis.call('EXISTS', s) == 0 then
-    redis.call('HSET', s, 'g', '1')
-    redis.call('HINCRBY', n, account, 1)
-  end
+  if string.sub(record[i], -7) ~= '~other~' then made_by_gate(n, s, record[i], account) end
   redis.call('HINCRBY', s, record[i + 1] .. ' h', record[i + 2])
   if stop then redis.call('ZADD', fx, 'GT', whole(stop), record[i] .. ' ' .. record[i + 1]) end
 end
