@@ -56,7 +56,7 @@ class KafkaSink:
         return sum((await self.emitter.flush(deadline_s)).values())
 
 
-class _Local:
+class Local:
     """Completes and checks an event as the emitter does, then keeps it here."""
 
     def __init__(self, clock_us: Callable[[], int]) -> None:
@@ -71,7 +71,7 @@ class _Local:
         return fields
 
 
-class MemorySink(_Local):
+class MemorySink(Local):
     """The newest events, for tests. Thread-safe."""
 
     def __init__(
@@ -99,7 +99,7 @@ class MemorySink(_Local):
         ]
 
 
-class JsonlSink(_Local):
+class JsonlSink(Local):
     """One event a line, appended with one write(2): lines of several processes never mix. Thread-safe."""
 
     def __init__(
@@ -162,7 +162,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-class CompositeSink(_Local):
+class CompositeSink(Local):
     """Every event to every sink, as one event (same id and time). What one sink fails to take is its own loss."""
 
     def __init__(self, sinks: Mapping[str, Sink], clock_us: Callable[[], int] = lambda: time.time_ns() // 1000) -> None:

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from tollway.connectors.principal import ClaimedAccount as ClaimedAccount
     from tollway.connectors.principal import Principal as Principal
     from tollway.connectors.principal import bound_by as bound_by
+    from tollway.connectors.redis_sink import RedisSink as RedisSink
+    from tollway.connectors.redis_sink import read_redis as read_redis
     from tollway.connectors.sinks import CompositeSink as CompositeSink
     from tollway.connectors.sinks import JsonlSink as JsonlSink
     from tollway.connectors.sinks import KafkaSink as KafkaSink
     from tollway.connectors.sinks import MemorySink as MemorySink
     from tollway.connectors.sinks import Sink as Sink
     from tollway.connectors.sinks import read_jsonl as read_jsonl
+    from tollway.connectors.stripe_sink import StripeSink as StripeSink
     from tollway.schemas.usage import FieldError as FieldError
     from tollway.schemas.usage import UsageEvent as UsageEvent
 
@@ -40,7 +43,9 @@ _HOMES = {
     "connectors.meter": ("Meter",),
     "connectors.metered": ("metered",),
     "connectors.principal": ("ClaimedAccount", "Principal", "bound_by"),
+    "connectors.redis_sink": ("RedisSink", "read_redis"),
     "connectors.sinks": ("CompositeSink", "JsonlSink", "KafkaSink", "MemorySink", "Sink", "read_jsonl"),
+    "connectors.stripe_sink": ("StripeSink",),
     "schemas.usage": ("FieldError", "UsageEvent"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
