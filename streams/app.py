@@ -128,7 +128,7 @@ class Host:
     async def _fold_of(self, group: str, epoch: str, partitions: int, parts: Parts, failpoints: Failpoints) -> Any:
         settings = self.settings
         if group == "accounts":
-            view = await parts.quota_view(epoch)
+            view = await parts.views(epoch, partitions)
             key = public_key_of(settings)
             return AccountsFold(epoch, partitions, key, Hand(self.quota), Hand(self.billing), view, failpoints)
         if group == "audit":

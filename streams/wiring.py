@@ -11,8 +11,10 @@ from tollway.connectors.errors import Unavailable
 from tollway.connectors.kafka import Admin
 from tollway.connectors.redis import connect
 from tollway.connectors.stripe import StripePort
+from tollway.streams.bindings_view import BindingsView
 from tollway.streams.quota_view import QuotaView
 from tollway.streams.settings import Settings
+from tollway.streams.views import Views
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +54,17 @@ class Parts:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._view: QuotaView | None = None
+        self._bindings: BindingsView | None = None
         self._store: AuditStore | None = None
         self._stripe: StripePort | None = None
 
-    async def quota_view(self, epoch: str) -> QuotaView:
-        """The Redis view of quota totals, its task running."""
+    async def views(self, epoch: str, partitions: int) -> Views:
+        """The Redis views of quota totals and of bindings, their tasks running."""
         self._view = QuotaView(redis_client(self._settings), epoch)
         await self._view.start()
-        return self._view
+        self._bindings = BindingsView(redis_client(self._settings), epoch, partitions)
+        await self._bindings.start()
+        return Views([self._view, self._bindings])
 
     async def audit_store(self) -> AuditStore:
         """The audit log's database."""
@@ -77,12 +82,16 @@ class Parts:
 
     def figures(self) -> dict[str, Any]:
         """name → reader of figures for the health answer."""
-        return {"view": lambda: self._view.stats() if self._view else {}}
+        return {
+            "view": lambda: self._view.stats() if self._view else {},
+            "bindings": lambda: self._bindings.stats() if self._bindings else {},
+        }
 
     async def close(self) -> None:
         """Let go of everything that was connected."""
-        if self._view is not None:
-            await self._view.close()
+        for view in (self._view, self._bindings):
+            if view is not None:
+                await view.close()
         if self._store is not None:
             self._store.close()
         if self._stripe is not None:

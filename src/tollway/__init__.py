@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tollway.connectors.sinks import MemorySink as MemorySink
     from tollway.connectors.sinks import Sink as Sink
     from tollway.connectors.sinks import read_jsonl as read_jsonl
-    from tollway.connectors.stripe_sink import StripeSink as StripeSink
     from tollway.schemas.usage import FieldError as FieldError
     from tollway.schemas.usage import UsageEvent as UsageEvent
 
@@ -45,7 +44,6 @@ _HOMES = {
     "connectors.principal": ("ClaimedAccount", "Principal", "bound_by"),
     "connectors.redis_sink": ("RedisSink", "read_redis"),
     "connectors.sinks": ("CompositeSink", "JsonlSink", "KafkaSink", "MemorySink", "Sink", "read_jsonl"),
-    "connectors.stripe_sink": ("StripeSink",),
     "schemas.usage": ("FieldError", "UsageEvent"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
