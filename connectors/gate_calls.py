@@ -45,7 +45,6 @@ def authorize_call(me: Me, ask: Ask, call: str, hold: str, unknown: str, scopes_
         f"{t}i:{account}~{call}",
         f"{t}h:{hold}",
         f"{t}n",
-        f"{t}c",
     ]
     keys += [f"{t}s:{account}~other~", *(f"{t}s:{account}~{scope}" for scope in ask.scopes)]
     arguments: list[str | int] = [

@@ -31,7 +31,6 @@ class Lane:
     hx: dict[str, int] = field(default_factory=dict)
     fx: dict[str, int] = field(default_factory=dict)
     n: dict[str, str] = field(default_factory=dict)
-    c: dict[str, int] = field(default_factory=dict)
 
     def answer(self, word: str) -> tuple[str, ...]:
         return (word, *(self.m.get(name, "") for name in ("off", "state", "gen", "begun")))
@@ -136,14 +135,11 @@ class Lane:
                 del self.s[scope]
             del self.fx[member]
             fields += 1
-            self._closed(scope, name, t // 1000)
-        self.c = {scope: until for scope, until in self.c.items() if until > t // 1000}
+            self._uncounted(scope)
         return ("OK", unsettled, asked, fields, int(len(due) == limit or len(ended) == limit))
 
-    def _closed(self, scope: str, name: str, now_s: int) -> None:
-        account, _, kind = scope.partition("~")
-        if name.endswith(" L:0") and kind.partition(":")[0] in ("run", "sess"):
-            self.c[scope] = now_s + 35 * DAY_MS // 1000
+    def _uncounted(self, scope: str) -> None:
+        account = scope.partition("~")[0]
         if scope in self.n and scope not in self.s:
             del self.n[scope]
             self.n[account] = str(int(self.n[account]) - 1)
@@ -183,7 +179,7 @@ class Lane:
                     client.hset(f"{TAG}{kind}:{name}", mapping=fields)
         for name, hold in self.h.items():
             client.hset(f"{TAG}h:{name}", mapping={**hold, "r": msgpack.packb(hold["r"])})
-        for name in ("hx", "fx", "c"):
+        for name in ("hx", "fx"):
             if getattr(self, name):
                 client.zadd(f"{TAG}{name}", getattr(self, name))
         for name in self.i:
@@ -195,7 +191,7 @@ class Lane:
         lane = cls()
         for raw in client.scan_iter("tw:*", count=1_000):
             kind, _, name = raw.decode().removeprefix(TAG).partition(":")
-            if kind in ("hx", "fx", "c"):
+            if kind in ("hx", "fx"):
                 setattr(
                     lane,
                     kind,

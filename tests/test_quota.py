@@ -351,7 +351,7 @@ def test_gate_fields_give_a_kinds_limit_precedence_over_principal() -> None:
     fields = gate_fields({**policy, "outage": "closed", "max_staleness_s": 30}, 3, False)
     got = dict(zip(fields[::2], fields[1::2], strict=True))
     assert got == {
-        "v": "3", "frozen": "0", "full": "0", "outage": "closed", "max_staleness_s": "30",
+        "v": "3", "frozen": "0", "full": "0", "outage": "closed", "max_staleness_s": "30", "limited": "calls:h",
         "user|calls|h": "5", "client|calls|h": "9", "anon|calls|h": "9",
     }  # fmt: skip
 

@@ -1,6 +1,6 @@
 -- authorize: a hold in all scopes at once, or nothing. Run by gates.
 --
--- KEYS  m g p hx fx i:<account>~<call> h:<hold> n c s:<account>~other~ s:<account>~<scope> ...
+-- KEYS  m g p hx fx i:<account>~<call> h:<hold> n s:<account>~other~ s:<account>~<scope> ...
 -- ARGV  account, call, fingerprint, hold, ttl ms, grace ms, gate, gen, floor, scopes max, 'default' where an unknown
 --       account has no limits or '', then meter, ask, least ...
 -- gives [word, gen, off, count, outage, at us, staleness ms or ''] and
@@ -8,7 +8,7 @@
 --       DENY, CLOSED        the row that refused, rows; nothing is written
 --       COLD, CLOCK, GEN, UNKNOWN, FROZEN, STALE   nothing
 --       rows = [account~scope, '<meter> <window>:<start>', end or '', limit, left, units] each
-local m, g, p, hx, fx, i, h, n, c, other = unpack(KEYS, 1, 10)
+local m, g, p, hx, fx, i, h, n, other = unpack(KEYS, 1, 9)
 local account, call, fingerprint, hold = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local gate, gen, floor = ARGV[7], ARGV[8], ARGV[9]
 local tag = tag_of(m)
@@ -52,7 +52,7 @@ end
 -- A scope beyond the bound of live scopes is counted in other~, as the fold does.
 local full = policy[3] == '1' or tonumber(redis.call('HGET', n, account) or '0') >= tonumber(ARGV[10])
 local rows, twice, watched, fresh, names = {}, {}, false, {}, {}
-for k = 11, #KEYS do
+for k = 10, #KEYS do
   local s, scope = KEYS[k], string.sub(KEYS[k], prefix)
   local kind = string.match(scope, '^[^:]+')
   for j, shape in ipairs(shapes) do
@@ -60,8 +60,7 @@ for k = 11, #KEYS do
     names[2 * j - 1], names[2 * j] = scope .. limit, kind .. limit
   end
   local limits = #shapes > 0 and redis.call('HMGET', p, unpack(names)) or {}
-  local ends = kind == 'run' or kind == 'sess'
-  if ends and redis.call('ZSCORE', c, string.sub(s, #tag + 3)) then
+  if (kind == 'run' or kind == 'sess') and redis.call('HEXISTS', s, '~closed L:0 u') == 1 then
     return answer('CLOSED', {string.sub(s, #tag + 3), '', '', '0', '0', '0'}, {})
   end
   local mine, fields = {}, {}

@@ -5,14 +5,14 @@
 --       unsettled  holds that expired uncaptured
 --       asked      [hold, source, sequence, ...] of captured ones: their usage may be folded, then the fold closes them
 --       fields     window fields removed      more  1 where the limit was reached
--- A run or session whose life is removed is closed: for 35 days `c` refuses its id. `n` counts the scopes that gates made.
+-- `n` counts the scopes that gates made: one that is gone is counted no longer.
 local m, limit = KEYS[1], tonumber(ARGV[1])
 local tag = string.sub(m, 1, -2)
 local found = redis.call('HMGET', m, 'state', 'log')
 if found[1] ~= 'READY' then return {'COLD', {}, {}, 0, 0} end
 local t = tonumber(found[2])
-local DAY_MS, ASK_AGAIN_MS, CLOSED_S = 86400000, 60000, 35 * 86400
-local hx, fx, n, c = tag .. 'hx', tag .. 'fx', tag .. 'n', tag .. 'c'
+local DAY_MS, ASK_AGAIN_MS = 86400000, 60000
+local hx, fx, n = tag .. 'hx', tag .. 'fx', tag .. 'n'
 
 -- move(hold, 0), and the amounts in the record become 0 in the same step: kept ones would be subtracted twice.
 local function expire(h, hold)
@@ -59,18 +59,10 @@ for _, member in ipairs(ended) do
     redis.call('HDEL', s, field .. ' u', field .. ' h')
     redis.call('ZREM', fx, member)
     fields = fields + 1
-    local account, kind = string.match(scope, '^([^~]+)~(%l+)')
-    if string.sub(field, -4) == ' L:0' and (kind == 'run' or kind == 'sess') then
-      redis.call('ZADD', c, string.format('%.0f', math.floor(t / 1000) + CLOSED_S), scope) -- it does not start again at zero
-    end
-    if redis.call('HDEL', n, scope) == 1 then
-      if redis.call('EXISTS', s) == 1 then
-        redis.call('HSET', n, scope, '1')
-      elseif redis.call('HINCRBY', n, account, -1) <= 0 then
-        redis.call('HDEL', n, account)
-      end
+    if redis.call('EXISTS', s) == 0 and redis.call('HDEL', n, scope) == 1 then
+      local account = string.match(scope, '^[^~]+')
+      if redis.call('HINCRBY', n, account, -1) <= 0 then redis.call('HDEL', n, account) end
     end
   end
 end
-redis.call('ZREMRANGEBYSCORE', c, '-inf', string.format('%.0f', math.floor(t / 1000)))
 return {'OK', unsettled, asked, fields, (#holds == limit or #ended == limit) and 1 or 0}
