@@ -95,12 +95,12 @@ class AuditFold:
             for record in stash[fed:]
         )
         self._cutters[state.partition] = (begin, len(stash), cutter, blocks)
-        return sum(blocks[:BLOCKS_MAX])
+        return sum(blocks[: BLOCKS_MAX if state.directory.config else 1])
 
     async def take(self, state: PartitionState, records: Records) -> AuditEffects:
         """Judge and chain each of the blocks that `ready` counted."""
         begin, fed, cutter, lengths = self._cutters[state.partition]
-        taken, start = AuditEffects(), 0
+        taken, start, step_s = AuditEffects(), 0, state.step_s
         while start < len(records):
             length = lengths.pop(0)
             block = records.part(start, start + length)
@@ -111,7 +111,10 @@ class AuditFold:
                 check_key(state, self._public_key)
             taken.blocks.append(await self._audit(BlockOf(state, batches)))
             start += length
-        self._cutters[state.partition] = (begin + start, fed - start, cutter, lengths)
+        if state.step_s == step_s:
+            self._cutters[state.partition] = (begin + start, fed - start, cutter, lengths)
+        else:  # `log.open` was in this block: from here on its steps cut, as they would after a restart
+            del self._cutters[state.partition]
         return taken
 
     async def settle(self, effects: list[AuditEffects], send: Send) -> None:
