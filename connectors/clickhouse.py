@@ -185,6 +185,10 @@ class AuditStore:
                 raise Fatal(f"{path.name} was changed after {self.database} took it: put the change into a new number")
         return done
 
+    def put(self, table: str, rows: pa.Table, name: str) -> None:
+        """Rows into a table; the same `name` again, with any rows, stores nothing."""
+        self._insert_into(table, rows, name)
+
     def close(self) -> None:
         """Give the connections back."""
         with self._connecting:

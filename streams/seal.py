@@ -9,7 +9,7 @@ library's version changes; the hash is over them, their compression is not.
 import asyncio
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -24,6 +24,9 @@ from tollway.streams.totals import packed as pack_buffer
 from tollway.streams.totals import unpacked as unpack_buffer
 
 FORMAT = 1
+KEPT = 14
+"""Sealed snapshots of a group and partition that stay in Kafka: each new one deletes the one so many days before it. ClickHouse
+keeps copies; one that was not copied in time is given up, and the log gives the same again."""
 _BUFFERS = {"keys": 2, "totals": 4, "last": 5}
 """Places in a table's dump (`totals.Table.dump`): key segments, totals, last."""
 
@@ -56,9 +59,12 @@ class Seal:
         return f"{self.group}|{self.epoch}|{self.partition}|{SEALED}|{self.day}"
 
     def messages(self) -> list[Message]:
-        """Its records."""
+        """Its records, and the deletion of the one that is KEPT days older."""
         body = msgpack.packb([FORMAT, *self.__dict__.values()], use_bin_type=True)
-        return [(CHECKPOINTS.name, self.partition, key, value, ()) for key, value in framed(self.key, body)]
+        records = framed(self.key, body)
+        old = len(self.key.encode()), replace(self, day=self.day - KEPT).key.encode()
+        gone = [(old[1] + key[old[0] :], None) for key, _ in records]
+        return [(CHECKPOINTS.name, self.partition, key, value, ()) for key, value in [*records, *gone]]
 
     def __str__(self) -> str:
         return f"sealed snapshot {self.day} of group {self.group}, partition {self.partition}"
