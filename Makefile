@@ -9,7 +9,7 @@ CODE := schemas connectors streams src tests benchmarks docs/settings_page.py
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.embedded ## start everything, run sample services, show that all four stores agree
 	@$(BIN)/tollway demo
@@ -23,8 +23,14 @@ check: .venv/.dev ## lint, format, types and contracts, without running anything
 	$(BIN)/mypy
 	$(BIN)/tollway schema check
 
-prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code
-	$(BIN)/python -m tests.prove
+prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code; EVENTS=1000000 SEED=1: everything dies
+	$(BIN)/python -m tests.prove --seed $(or $(SEED),1) $(if $(EVENTS),--whole --events $(EVENTS))
+
+soak: .venv/.dev ## MINUTES=20 at a third of the top rate: the memory of every process must be flat
+	$(BIN)/python -m tests.soak --out docs/memory --minutes $(or $(MINUTES),20)
+
+registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (160 MB)
+	$(BIN)/python -m pytest -m registry
 
 bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, and what emit() costs
 	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python

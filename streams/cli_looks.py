@@ -170,6 +170,8 @@ def schema_check(
         Path | None, typer.Argument(help="A changed .avsc; without one all committed versions are checked.")
     ] = None,
     against: Annotated[str, typer.Option(help="The record that FILE would be the next version of.")] = "UsageEvent",
+    registry: Annotated[bool, typer.Option(help="Compare all versions with those of the schema registry too.")] = False,
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Refuse what evolution forbids, naming field and rule; exit 1 where anything is refused."""
@@ -177,6 +179,11 @@ def schema_check(
 
     found = evolution.check_file(file, against) if file else evolution.check_all()
     rows = [{"field": item.field, "rule": item.rule, "message": item.message} for item in found]
+    if registry:
+        from tollway.streams.schema_registry import registry_report
+
+        report = do(registry_report(read_settings(data)))
+        rows += [{"field": text.split()[0], "rule": "registry", "message": text} for text in report["faults"]]
     say(
         {"violations": rows},
         as_json,

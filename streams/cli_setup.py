@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tollway.streams.cli_looks import audit_app
+from tollway.streams.cli_looks import audit_app, schema_app
 from tollway.streams.cli_words import Data, Json, do, read_settings, say
 
 app = typer.Typer()
@@ -65,4 +65,19 @@ def audit_migrate(data: Data = None, as_json: Json = False) -> None:
         {"database": store.database, "applied": done},
         as_json,
         lambda _: print(f"{store.database}: {', '.join(done) if done else 'nothing to do, it has all tables'}"),
+    )
+
+
+@schema_app.command("publish")
+def schema_publish(data: Data = None, as_json: Json = False) -> None:
+    """Give the schema registry every committed version that it lacks, under the rule FULL_TRANSITIVE."""
+    from tollway.streams.schema_registry import publish
+
+    rows = do(publish(read_settings(data)))
+    say(
+        {"versions": rows},
+        as_json,
+        lambda _: print(
+            "\n".join(f"{row['subject']} {row['version']}: {'added' if row['added'] else 'there'}" for row in rows)
+        ),
     )

@@ -72,6 +72,17 @@ class Settings(BaseSettings):
     )
     stripe_url: str = Field("https://api.stripe.com", description="Stripe's address; the stand-in's in the local stack")
 
+    schema_registry_url: str = Field(
+        "",
+        description="schema registry with Confluent's API; workers then compare its schemas with theirs at start; default: none",
+        pattern=r"^(https?://.+)?$",
+    )
+    schema_registry_user: str = Field("", description="user of the schema registry (HTTP Basic)")
+    schema_registry_password: SecretStr = Field(SecretStr(""), description="password of the schema registry")
+    schema_registry_ca_file: Path | None = Field(
+        None, description="CA certificates for the schema registry over TLS, PEM; default: the system's"
+    )
+
     replica: str = Field(
         "",
         description="fixed name of this worker's place in its groups; default: a free slot's lock file in the data folder",

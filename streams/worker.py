@@ -15,7 +15,8 @@ from tollway.connectors.control import Signer
 from tollway.connectors.errors import Refused
 from tollway.connectors.kafka import epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
-from tollway.streams.engine import Engine, EngineConfig
+from tollway.streams.engine import EngineConfig
+from tollway.streams.schema_registry import refuse_other_schemas
 from tollway.streams.settings import Settings
 from tollway.streams.topic_faults import refuse_unsafe
 from tollway.streams.wiring import kafka_admin
@@ -78,6 +79,7 @@ async def engine_config(settings: Settings, replica: Replica) -> EngineConfig:
     admin = kafka_admin(settings)
     partitions = await log_partitions(admin)
     await refuse_unsafe(settings)
+    await refuse_other_schemas(settings)
     return EngineConfig(
         bootstrap=settings.kafka_bootstrap,
         epoch=epoch_of(await admin.topic_id(USAGE.name)),
