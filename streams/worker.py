@@ -15,7 +15,7 @@ from tollway.connectors.control import Signer
 from tollway.connectors.errors import Refused
 from tollway.connectors.kafka import epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
-from tollway.streams.engine import EngineConfig
+from tollway.streams.engine import Engine, EngineConfig
 from tollway.streams.schema_registry import refuse_other_schemas
 from tollway.streams.settings import Settings
 from tollway.streams.topic_faults import refuse_unsafe
