@@ -23,11 +23,8 @@ check: .venv/.dev ## lint, format, types and contracts, without running anything
 	$(BIN)/mypy
 	$(BIN)/tollway schema check
 
-prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code; EVENTS=1000000 SEED=1: everything dies
-	$(BIN)/python -m tests.prove --seed $(or $(SEED),1) $(if $(EVENTS),--whole --events $(EVENTS))
-
-soak: .venv/.dev ## MINUTES=20 at a third of the top rate: the memory of every process must be flat
-	$(BIN)/python -m tests.soak --out docs/memory --minutes $(or $(MINUTES),20)
+prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code
+	$(BIN)/python -m tests.prove
 
 registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (160 MB)
 	$(BIN)/python -m pytest -m registry
