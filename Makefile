@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCK := requirements-dev.lock
 CODE := schemas connectors streams src tests benchmarks docs/settings_page.py
 
-.PHONY: help demo test check prove bench docs lock clean
+.PHONY: help demo test check prove registry bench docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
