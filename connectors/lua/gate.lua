@@ -25,8 +25,8 @@ local function below(ahi, alo, bhi, blo) return ahi < bhi or (ahi == bhi and alo
 local function decimal(hi, lo)
   local sign = ''
   if hi < 0 then
-    sign, hi, lo = '-', -hi, -lo
-    if lo < 0 then hi, lo = hi - 1, lo + LIMB end
+    sign, hi = '-', -hi
+    if lo > 0 then hi, lo = hi - 1, LIMB - lo end
   end
   if hi == 0 then return sign .. string.format('%.0f', lo) end
   return sign .. string.format('%.0f%09.0f', hi, lo)
