@@ -43,6 +43,8 @@ class Call:
     ) -> None:
         self.meter, self.operation, self.surface, self.principal = meter, operation, surface, principal
         self.ask, self.fields = ask, fields
+        self.call_id = self.fingerprint = ""
+        """For a gate: the same id at every retry of a call, and what is called."""
         self.status: str | None = None
         """Set by hand it stands, whatever is raised."""
         self.quantities: dict[str, int] = {}
@@ -103,6 +105,14 @@ class Call:
         """Start the clock, without becoming the current call."""
         self.begun_us, self.begun_ns = self.meter.clock_us(), self.meter.clock_ns()
 
+    async def begin_asking(self) -> None:
+        """Start the clock and ask the gate, where there is one. Raises Denied, metered."""
+        self.begin()
+        if self.meter.gate is None:
+            self.meter.admit(self)
+        else:
+            await self.meter.authorize(self)
+
     def end(self, error: BaseException | None) -> None:
         """Record it, once. Never raises."""
         if error is not None and self.status is None:
@@ -130,9 +140,9 @@ class Call:
                 _current.reset(token)
 
     def __enter__(self) -> Self:
-        """Raises Refused where the meter has a gate: that needs `async with`."""
-        self.meter.must_not_gate(self)
+        """Raises Denied, metered, for an operation that the principal is not bound to; Refused where the meter has a gate."""
         self.begin()
+        self.meter.admit(self)
         self.enter()
         return self
 
@@ -142,8 +152,7 @@ class Call:
 
     async def __aenter__(self) -> Self:
         """Ask the gate, where there is one. Raises Denied, metered, where the call may not go on."""
-        self.begin()
-        await self.meter.authorize(self)
+        await self.begin_asking()
         self.enter()
         return self
 

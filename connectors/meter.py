@@ -13,20 +13,25 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tollway.connectors.call import Call
-from tollway.connectors.context import current_origin
+from tollway.connectors.context import Origin, current_origin
 from tollway.connectors.denied import Denied
 from tollway.connectors.emitter import Emitted, Emitter
 from tollway.connectors.errors import Refused
+from tollway.connectors.gating import ask_for, bind, denied_by, not_allowed
 from tollway.connectors.principal import ANONYMOUS, Principal
 from tollway.connectors.refusals import SECOND_US, Refusals
 from tollway.connectors.sinks import KafkaSink, Sink
-from tollway.schemas.usage import OPERATION_BYTES_MAX, STATUSES, SURFACES, FieldError
+from tollway.schemas.usage import COUNTED_STATUSES, OPERATION_BYTES_MAX, STATUSES, SURFACES, FieldError
+
+if TYPE_CHECKING:
+    from tollway.connectors.gate import Gate
 
 OPEN_REFUSALS_MAX = 10_000
+HOLD_S = 60
 REFUSED = frozenset(("denied", "rate_limited", "payment_required"))
 _ONE_CALL = {"calls": 1}
 
@@ -40,18 +45,22 @@ class Meter:
         self,
         sink: Sink | Emitter,
         *,
+        gate: "Gate | None" = None,
         principal: Principal = ANONYMOUS,
         surface: str = "rest",
         statuses: Mapping[type[BaseException], str] | None = None,
         attributes: Mapping[str, str] | None = None,
+        hold_s: int = HOLD_S,
         open_refusals_max: int = OPEN_REFUSALS_MAX,
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
-        """principal: who calls where nobody else is named: a batch job's own, or the stranger of a service.
+        """gate: asked before each call, told after it what was used; the sink is then an emitter of the same process.
+
+        principal: who calls where nobody else is named: a batch job's own, or the stranger of a service.
 
         statuses: exception type → the status of a call that raised it. attributes: of every event.
-        open_refusals_max: folds of refused calls kept for up to a second; beyond, the oldest is recorded early.
+        hold_s: how long a call may take before its hold expires, 1 to 3,600. open_refusals_max: folds of refused calls kept for up to a second; beyond, the oldest is recorded early.
         Raises Refused for a surface or status that does not exist.
         """
         for name, values, known in (
@@ -66,10 +75,12 @@ class Meter:
         self.sink, self.principal, self.surface = sink, principal, surface
         self.statuses, self.attributes = dict(statuses or {}), dict(attributes or {})
         self.clock_us, self.clock_ns = clock_us, clock_ns
-        self.gate: Any = None
+        self.gate, self.hold_s = gate, hold_s
         emitter = sink.emitter if isinstance(sink, KafkaSink) else sink
         self._record: Callable[..., Emitted | bool | None]
         self._record = emitter.emit if isinstance(emitter, Emitter) else emitter.record
+        if gate is not None and not isinstance(emitter, Emitter):
+            raise Refused(f"sink is a {type(sink).__name__}: a gate needs an Emitter, whose sequence settles its holds")
         self._open_refusals_max = open_refusals_max
         self._new_process()
         _meters.add(self)
@@ -79,6 +90,7 @@ class Meter:
         self._counts: Counter[str] = Counter()
         self._refusals = Refusals(self._open_refusals_max)
         self._armed_until = 0.0
+        self._settling: set[asyncio.Task[str]] = set()
         self.failure: str | None = None
         """The last thing that went wrong in metering itself, in one sentence."""
 
@@ -97,26 +109,55 @@ class Meter:
         """
         return Call(self, operation, surface or self.surface, principal, ask, fields)
 
-    def must_not_gate(self, call: Call) -> None:
-        """Raises Refused where a call would have to be asked for, which only `async with` can."""
+    def admit(self, call: Call) -> None:
+        """Raises Denied, metered, for an operation that the principal is not bound to; Refused where a gate must be asked."""
+        if self.gate is not None:
+            raise Refused("the meter has a gate, which only `async with` can ask: use it, or a meter without a gate")
+        self._admit(call, current_origin())
+
+    def _admit(self, call: Call, origin: Origin) -> Principal:
+        principal = call.principal or self.principal
+        if principal.scopes:
+            bind(call.fields, principal, origin)
+        if principal.operations and not principal.may(call.operation):
+            raise self.refuse(call, not_allowed(principal, call.operation))
+        return principal
 
     async def authorize(self, call: Call) -> None:
-        """Raises Denied, metered, where the gate refuses."""
+        """Ask the gate. Raises Denied, metered, where it refuses; Refused for an `ask` that no gate takes."""
+        origin = current_origin()
+        principal = self._admit(call, origin)
+        if self.gate is not None:
+            decision = await self.gate.authorize(ask_for(call, principal, origin, self.hold_s))
+            call.decision = decision
+            if not decision.allowed:
+                raise self.refuse(call, denied_by(decision))
 
-    def refuse(self, call: Call, denied: Denied) -> None:
-        """Record a call that was not executed."""
+    def refuse(self, call: Call, denied: Denied) -> Denied:
+        """Record a call that is not executed; gives what to raise."""
         call.status = denied.usage_status
         call.attributes["refused"] = denied.reason
         self.finish(call)
+        return denied
 
     def finish(self, call: Call) -> None:
         """Record a call that has ended. What goes wrong here is counted, never raised."""
         try:
+            gate, decision = self.gate, call.decision
+            hold = decision.hold if decision is not None and decision.allowed else None
             if call.unused:
                 self._tell("unused")
+                if gate is not None and hold is not None:
+                    self._later_on(gate.void(hold))
                 return
             fields = self._fields(call)
-            if fields["status"] in REFUSED and "hold" not in fields and not call.quantities:
+            if gate is not None and hold is not None:
+                fields["hold"], fields["occurred_at"], fields["account"] = hold.id, hold.at_us, hold.account
+                used = fields["quantities"] if fields["status"] in COUNTED_STATUSES else {}
+                emitted = self._take(fields)
+                if emitted is not None:  # else it stays until it expires: the call did run
+                    self._later_on(gate.capture(hold, used, emitted))
+            elif fields["status"] in REFUSED and not call.quantities:
                 self._fold(fields)
             else:
                 self._take(fields)
@@ -134,9 +175,22 @@ class Meter:
         fields["status"] = call.status or "ok"
         fields["latency_us"] = max(0, ended_ns - call.begun_ns) // 1000
         fields["quantities"] = {**_ONE_CALL, **call.quantities}
-        if self.attributes or call.attributes:
-            fields["attributes"] = {**(fields.get("attributes") or {}), **self.attributes, **call.attributes}
+        stamp = call.decision.stamp if call.decision is not None else None
+        if self.attributes or call.attributes or stamp:
+            given = fields.get("attributes") or {}
+            fields["attributes"] = {**given, **self.attributes, **call.attributes, **(stamp or {})}
         return fields
+
+    def _later_on(self, settling: Coroutine[Any, Any, str]) -> None:
+        """Tell the gate without making the call wait; the gate itself goes on trying where Redis does not answer."""
+        task = asyncio.get_running_loop().create_task(settling)
+        self._settling.add(task)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: "asyncio.Task[str]") -> None:
+        self._settling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fault("unsettled", error)
 
     def _take(self, fields: dict[str, Any]) -> Emitted | None:
         """To the sink; the emitter's answer where there is one."""
@@ -209,8 +263,10 @@ class Meter:
             self._take(event)
 
     async def flush(self, deadline_s: float) -> int:
-        """Record what is folded, then flush the sink; returns events that are not yet safe."""
+        """Record what is folded, tell the gate what it was not told, flush the sink; returns events that are not yet safe."""
         self.close_refusals()
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=deadline_s)
         left = await self.sink.flush(deadline_s)
         return left if isinstance(left, int) else sum(left.values())
 
@@ -218,7 +274,7 @@ class Meter:
     def counters(self) -> dict[str, int]:
         """Events recorded, refused by the sink, failed (the sink raised), invalid (no event); refusals that joined another's
 
-        event, folds closed early; unused calls; results that could not be counted.
+        event, folds closed early; unused calls; results that could not be counted; holds unsettled by a fault.
         """
         with self._lock:
             folds = {"joined": self._refusals.joined, "closed_early": self._refusals.closed_early}

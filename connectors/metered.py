@@ -118,8 +118,7 @@ async def _async_items(inner: AsyncGenerator[Any, Any], call: Call, count: Count
         finally:
             call.leave()
 
-    call.begin()
-    await call.meter.authorize(call)
+    await call.begin_asking()
     step: Callable[[], Awaitable[Any]] = functools.partial(inner.asend, None)
     try:
         while True:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tollway.connectors.errors import Refused as Refused
     from tollway.connectors.errors import TollwayError as TollwayError
     from tollway.connectors.errors import Unavailable as Unavailable
+    from tollway.connectors.identity import Bearer as Bearer
+    from tollway.connectors.jwks import Jwks as Jwks
     from tollway.connectors.meter import Meter as Meter
     from tollway.connectors.metered import metered as metered
     from tollway.connectors.principal import ClaimedAccount as ClaimedAccount
@@ -39,6 +41,8 @@ _HOMES = {
     "connectors.denied": ("Denied",),
     "connectors.emitter": ("Emitted", "Emitter"),
     "connectors.errors": ("Fatal", "Invalid", "Refused", "TollwayError", "Unavailable"),
+    "connectors.identity": ("Bearer",),
+    "connectors.jwks": ("Jwks",),
     "connectors.meter": ("Meter",),
     "connectors.metered": ("metered",),
     "connectors.principal": ("ClaimedAccount", "Principal", "bound_by"),
