@@ -51,6 +51,7 @@ class Pair:
         self.now_us = NOON_US
         self.known: dict[str, Hold] = {}
         """hold id → as last granted"""
+        self.asked: list[Ask] = []
         self.reached: Counter[str] = Counter()
 
     def same(self, real: Any, wanted: Any, what: str) -> None:
@@ -73,6 +74,9 @@ class Pair:
             amounts[meter] = (ask, min(ask, dice.choice([0, 1, ask])))
         scopes = tuple(dice.sample(SCOPES, dice.choice([1, 2, 3])))
         ask = Ask(ACCOUNT, scopes, amounts, call=f"c{dice.randrange(12)}", fingerprint=dice.choice(["", "", "", "x"]))
+        if self.asked and dice.random() < 0.2:
+            ask = dice.choice(self.asked)
+        self.asked.append(ask)
         hold, scopes_max, unknown = f"h{dice.randrange(12)}", dice.choice([100_000, 100_000, 2]), dice.random() < 0.2
         call = authorize_call(me, ask, ask.call, hold, "default" if unknown else "", scopes_max)
         real = authorized(self.real.run(AUTHORIZE, *call))
@@ -178,7 +182,7 @@ class Pair:
                 for window in dice.sample("mhdML", 2):
                     limits[f"{scope}|{meter}|{window}"] = dice.choice(LIMITS)
         flags = [dice.random() < chance for chance in (0.05, 0.1)]
-        return Policy(max(0, version), limits, flags[0], flags[1], "open", dice.choice([1, 30, 10_000]))
+        return Policy(max(0, version), limits, flags[0], flags[1], "open", dice.choice([1, 30, 10_000, 10**6]))
 
     def fold(self) -> None:
         """A rewrite, or a part of one."""
