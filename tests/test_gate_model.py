@@ -81,7 +81,7 @@ class Pair:
         call = authorize_call(me, ask, ask.call, hold, "default" if unknown else "", scopes_max)
         real = authorized(self.real.run(AUTHORIZE, *call))
         wanted = self.model.authorize(
-            self.now_us, ACCOUNT, scopes, ask.call, ask.digest, hold, ask.triples, 60_000, GRACE_MS, me.gate,
+            self.now_us, ACCOUNT, ask.scopes, ask.call, ask.digest, hold, ask.triples, 60_000, GRACE_MS, me.gate,
             int(me.gen) if me.gen else None, me.floor, scopes_max, unknown,
         )  # fmt: skip
         self.same(real, wanted, f"authorize {ask} {hold} {me}")
