@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tollway.connectors.asgi import MeterMiddleware as MeterMiddleware
     from tollway.connectors.call import Call as Call
     from tollway.connectors.call import current_call as current_call
     from tollway.connectors.context import Origin as Origin
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tollway.schemas.usage import UsageEvent as UsageEvent
 
 _HOMES = {
+    "connectors.asgi": ("MeterMiddleware",),
     "connectors.call": ("Call", "current_call"),
     "connectors.context": ("Origin", "outgoing", "run"),
     "connectors.denied": ("Denied",),
