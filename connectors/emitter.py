@@ -6,6 +6,7 @@ async with Emitter("broker:9092") as emitter:
 """
 
 import asyncio
+import logging
 import os
 import random
 import threading
@@ -19,27 +20,39 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from tollway.connectors.acknowledged import Acknowledged
-from tollway.connectors.emitter_options import SPOOL_EVENTS_MAX, Limits, check_security, spool_folder, unwritable
+from tollway.connectors.emitter_options import (
+    SPOOL_EVENTS_MAX,
+    Limits,
+    check_security,
+    elapsed_s,
+    spool_folder,
+    unwritable,
+)
 from tollway.connectors.errors import Refused
 from tollway.connectors.event import complete
+from tollway.connectors.flush import Flushes, outstanding
 from tollway.connectors.frame import pack
 from tollway.connectors.outbox import Outbox
-from tollway.connectors.spool import Spool
+from tollway.connectors.spool import End, Spool, unforked
 from tollway.connectors.tally import Tally
 from tollway.schemas import encoder
 from tollway.schemas.ids import uuid7_hex
-from tollway.schemas.lane import LANES, lane
+from tollway.schemas.lane import lane
 from tollway.schemas.topics import USAGE
 from tollway.schemas.usage import FieldError
 
 if TYPE_CHECKING:
     from tollway.connectors.sender import Sender
 
+log = logging.getLogger("tollway.emitter")
+
 SOURCE_S = 86_400
 """A source is minted anew after this; the fold forgets it 5 days after its birth."""
 CLOSE_DEADLINE_S = 10.0
 """Of a context manager's end: what is not acknowledged by then stays for the successor."""
-_RETRY_US = 1_000_000
+_RETRY_S = 1.0
+_STEP_BACK_US = 1_000_000
+"""A clock that goes back by more than this begins a new life: its source would outlive the day that it is allowed."""
 
 
 class Emitted(NamedTuple):
@@ -65,6 +78,7 @@ class Emitter:
         when_full: Literal["refuse", "drop_oldest"] = "refuse",
         fsync_interval_s: float | None = None,
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        elapsed_s: Callable[[], float] = elapsed_s,
         **security: Any,
     ) -> None:
         """Nothing is sent before `start`.
@@ -74,12 +88,14 @@ class Emitter:
         (None: the system's own write-back, some 30 s); `memory` survives nothing.
         spool_bytes_max: for the whole folder, as of at most 30 s ago (1 GiB; in memory 64 MiB); spool_events_max: for what
         this process has waiting. Beyond either: `refuse` the new event, or `drop_oldest`; both are counted.
+        clock_us: the time of day; it may be set forward and back. elapsed_s: one that is never set.
         security: aiokafka's arguments named in SECURITY.
         Raises Refused where the folder cannot be written or an argument is out of range.
         """
         check_security(security)
         self._limits = Limits(durability, spool_bytes_max, spool_events_max, when_full, fsync_interval_s)
-        self._bootstrap, self._topic, self._security, self._clock_us = bootstrap, topic, security, clock_us
+        self._bootstrap, self._topic, self._security = bootstrap, topic, security
+        self._clock_us, self._elapsed_s = clock_us, elapsed_s
         self._root = spool_folder(spool_dir) if durability == "disk" else None
         self._autostart = False
         self._new_process()
@@ -94,8 +110,9 @@ class Emitter:
         self._lock = threading.Lock()
         self._spools: list[Spool] = []
         self._life: Spool | None = None
-        self._life_ends_us = self._retry_us = 0
-        self._tally, self._acknowledged = Tally(), Acknowledged()
+        self._last_us = self._life_ends_us = 0
+        self._retry_s = 0.0
+        self._tally, self._acknowledged, self._flushes = Tally(), Acknowledged(), Flushes()
         self._outbox = Outbox(self._limits.segment_bytes, self._limits.segment_events)
         self._sender: Sender | None = None
         self._closed = False
@@ -113,7 +130,7 @@ class Emitter:
         with self._lock:
             now_us = self._clock_us()
             spool = self._life
-            if spool is None or now_us >= self._life_ends_us:
+            if spool is None or not self._last_us - _STEP_BACK_US <= now_us < self._life_ends_us:
                 spool = self._renew(now_us)
             complete(fields, now_us, self._random_bits)
             account = fields.get("account")
@@ -125,12 +142,13 @@ class Emitter:
                 return None
             frame = pack(now_us // 1000, sequence, in_lane, fields["account"].encode(), value)
             # Claimed first: what a signal handler raises in here may leave a sequence out, never use one twice.
+            self._last_us = now_us
             self._sequences[in_lane] = sequence
-            self._tally.append(in_lane)
+            self._tally.emitted += 1
             taken = self._append(spool, frame, in_lane)
             if not taken:
                 self._sequences[in_lane] = sequence - 1
-                self._tally.take_back(in_lane)
+                self._tally.emitted -= 1
             sender = self._sender
         if sender is not None and sender.idle:
             sender.wake()
@@ -165,12 +183,13 @@ class Emitter:
             self._tally.refused["closed"] += 1
             return None
         try:
-            if now_us < self._retry_us:
+            if self._elapsed_s() < self._retry_s:
                 raise OSError
             self._new_life(now_us)
         except OSError:
             self._tally.refused["disk"] += 1
-            self._retry_us = self._retry_us if now_us < self._retry_us else now_us + _RETRY_US
+            if (elapsed_s := self._elapsed_s()) >= self._retry_s:
+                self._retry_s = elapsed_s + _RETRY_S
             return None
         if self._autostart and self._sender is None:
             self._start_in_thread()
@@ -180,15 +199,17 @@ class Emitter:
         """Raises OSError."""
         source = uuid7_hex(now_us // 1000, int.from_bytes(os.urandom(10)))
         sizes = (self._limits.segment_bytes, self._limits.segment_events)
-        if self._root is None:
-            spool = Spool(source, None, self._tally, sizes)
-        else:
-            spool = Spool.create(self._root, source, self._tally, sizes)
+        with unforked:
+            if self._root is None:
+                spool = Spool(source, None, self._tally, sizes)
+            else:
+                spool = Spool.create(self._root, source, self._tally, sizes)
+            self._spools.append(spool)
+        spool.begun_s = self._elapsed_s()
         if self._life is not None:
             self._life.retired = True
-        self._spools.append(spool)
-        self._life, self._life_ends_us = spool, now_us + SOURCE_S * 1_000_000
-        self._source, self._sequences = source, [0] * LANES
+        self._life, self._last_us, self._life_ends_us = spool, now_us, now_us + SOURCE_S * 1_000_000
+        self._source, self._sequences = source, spool.sequences
         self._random_bits = random.Random(os.urandom(32)).getrandbits
 
     def start(self) -> Awaitable[None]:
@@ -224,37 +245,39 @@ class Emitter:
             self._outbox,
             self._tally,
             self._acknowledged,
+            self._flushes,
             clock_us=self._clock_us,
+            elapsed_s=self._elapsed_s,
             fsync_interval_s=self._limits.fsync_interval_s,
         )
         return self._sender
 
     async def flush(self, deadline_s: float) -> dict[int, int]:
         """Wait until all that was emitted before is acknowledged; returns lane → events that are not, {} when all are."""
-        target, waiter = self._flushing()
+        ends, waiter = self._flushing()
         if waiter is not None:
             try:
                 await asyncio.wait_for(asyncio.wrap_future(waiter), deadline_s)
             except TimeoutError:
                 waiter.cancel()
-        return self._tally.outstanding(target)
+        return outstanding(ends)
 
     def flush_sync(self, deadline_s: float) -> dict[int, int]:
         """`flush` for code without a loop."""
-        target, waiter = self._flushing()
+        ends, waiter = self._flushing()
         if waiter is not None:
             self._must_not_block()
             try:
                 waiter.result(deadline_s)
             except TimeoutError:
                 waiter.cancel()
-        return self._tally.outstanding(target)
+        return outstanding(ends)
 
-    def _flushing(self) -> tuple[list[int], Future[None] | None]:
+    def _flushing(self) -> tuple[list[End], Future[None] | None]:
         with self._lock:
-            target = list(self._tally.emitted_by_lane)
+            ends = [spool.end for spool in list(self._spools) if spool.own]
         running = self._sender is not None and not self._sender.ended.done()
-        return target, self._tally.wait(target) if running and self._tally.outstanding(target) else None
+        return ends, self._flushes.wait(ends) if running and outstanding(ends) else None
 
     def _must_not_block(self) -> None:
         try:
@@ -293,12 +316,19 @@ class Emitter:
         """Let go of the spools, so that a successor can take what is left."""
         _emitters.discard(self)
         for spool in self._spools:
-            spool.settle(self._outbox.settled(spool))
-            spool.close()
+            try:
+                spool.settle(self._outbox.settled(spool))
+                spool.close()
+            except OSError as error:  # a full or broken disk: what is sent again counts once
+                log.warning("the spool is left as it is: %s", error)
+                spool.abandon()
         self._spools.clear()
 
     def acknowledged(self, source: str, lane: int, sequence: int) -> int | None:
-        """Offset of an acknowledged event, of one of the newest 100,000; None where it is not acknowledged or older."""
+        """Offset of an acknowledged event, of one of the newest 100,000; None where it is not acknowledged or older.
+
+        None also where the broker recognised a repetition and no longer knew its place: `flush` counts it as acknowledged.
+        """
         return self._acknowledged.offset(source, lane, sequence)
 
     @property
@@ -348,8 +378,9 @@ _emitters: "weakref.WeakSet[Emitter]" = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
+    unforked.release()
     for emitter in list(_emitters):
         emitter._forked()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=unforked.acquire, after_in_parent=unforked.release, after_in_child=_after_fork_in_child)

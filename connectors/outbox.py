@@ -94,7 +94,7 @@ class Outbox:
 
     def done(self, batch: Batch) -> None:
         """The broker has it."""
-        batch.spool.settle_sequences({mark & 255: mark >> 8 for mark in batch.marks})
+        batch.spool.progress.settle({mark & 255: mark >> 8 for mark in batch.marks})
         del self._in_flight[batch.partition]
         self._outstanding[batch.spool].discard(batch)
 

@@ -7,7 +7,6 @@ acknowledged goes to a new one; the fold recognises what then arrives twice by (
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,10 +19,12 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from tollway.connectors.acknowledged import Acknowledged
+from tollway.connectors.adoption import ADOPTED_MAX, adopt_dead
 from tollway.connectors.errors import Unavailable
+from tollway.connectors.flush import Flushes
 from tollway.connectors.frame import Frame
 from tollway.connectors.outbox import Batch, Outbox
-from tollway.connectors.spool import Position, Spool, adopt_dead
+from tollway.connectors.spool import Position, Spool
 from tollway.connectors.tally import Tally
 from tollway.schemas import lane as lanes
 from tollway.schemas.usage import RESEND_S
@@ -34,6 +35,7 @@ BATCH_BYTES_MAX = 64 << 10
 SLICES_A_TURN = 16
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 5.0
 ADOPT_S = 30.0
+REMOVE_AGAIN_S = 5.0
 KEEP_S = 1.0
 """How often the place up to which all is acknowledged is written down."""
 CONNECT_DEADLINE_S = 30.0
@@ -66,14 +68,16 @@ class Sender:
         outbox: Outbox,
         tally: Tally,
         acknowledged: Acknowledged,
+        flushes: Flushes,
         *,
         clock_us: Callable[[], int],
+        elapsed_s: Callable[[], float],
         fsync_interval_s: float | None,
     ) -> None:
         self._bootstrap, self._topic, self._security = bootstrap, topic, security
         self._root, self._spools, self._outbox = root, spools, outbox
-        self._tally, self._acknowledged = tally, acknowledged
-        self._clock_us, self._fsync_interval_s = clock_us, fsync_interval_s
+        self._tally, self._acknowledged, self._flushes = tally, acknowledged, flushes
+        self._clock_us, self._elapsed_s, self._fsync_interval_s = clock_us, elapsed_s, fsync_interval_s
         self.problem: str | None = None
         """Why nothing is being sent just now."""
         self._complaint = ""
@@ -83,7 +87,10 @@ class Sender:
         """The emitter calls `wake` when it has appended something and finds this set."""
         self.ended: Future[None] = Future()
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._wake = asyncio.Event()
+        self._wake, self._adopt_now = asyncio.Event(), asyncio.Event()
+        self._crowded = False
+        """More dead spools were there than could be adopted."""
+        self._remove_again_s = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._stopping = self._connecting = False
         self._failure: BaseException | None = None
@@ -113,7 +120,7 @@ class Sender:
         self.loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         tasks = [asyncio.create_task(self._every(KEEP_S, self._keep))]
         if self._root is not None:
-            tasks.append(asyncio.create_task(self._every(ADOPT_S, self._adopt)))
+            tasks.append(asyncio.create_task(self._every(ADOPT_S, self._adopt, self._adopt_now)))
             if self._fsync_interval_s:
                 tasks.append(asyncio.create_task(self._every(self._fsync_interval_s, self._sync)))
         try:
@@ -133,8 +140,12 @@ class Sender:
         if not self.ended.done():
             self.ended.set_result(None)
 
-    async def _every(self, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+    async def _every(
+        self, interval_s: float, work: Callable[[], Awaitable[None]], sooner: asyncio.Event | None = None
+    ) -> None:
         while True:
+            if sooner is not None:
+                sooner.clear()
             try:
                 await work()
             except OSError as error:
@@ -143,7 +154,9 @@ class Sender:
                 self._complaint = str(error)
             except Exception:
                 log.exception("the spool is not looked after")
-            await asyncio.sleep(interval_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await (sooner or asyncio.Event()).wait()
 
     async def _keep(self) -> None:
         for spool in list(self._spools):
@@ -165,7 +178,12 @@ class Sender:
         except asyncio.CancelledError:
             await looking  # a spool it locks after the end would stay locked
             raise
+        self._crowded = self._adopted >= ADOPTED_MAX
         self._wake.set()
+
+    @property
+    def _adopted(self) -> int:
+        return sum(not spool.own for spool in list(self._spools))
 
     async def _send_for_ever(self) -> None:
         backoff_s = BACKOFF_S
@@ -277,7 +295,6 @@ class Sender:
 
     async def _take(self, producer: AIOKafkaProducer) -> "Taken":
         """From the spools, a slice of each in turn, into the outbox."""
-        oldest_ms = self._clock_us() // 1000 - RESEND_S * 1000
         slices = 0
         while unread := [spool for spool in self._spools if spool.unread]:
             for spool in unread:
@@ -288,18 +305,24 @@ class Sender:
                 slices += 1
                 frames, position = spool.take()
                 if frames:
-                    self._put(spool, frames, position, oldest_ms)
+                    self._put(spool, frames, position)
                     await self._send(producer, full_only=True)  # small requests: copying large ones is dear
                     await asyncio.sleep(0)  # the loop is the service's, too
         return Taken.ALL
 
-    def _put(self, spool: Spool, frames: list[Frame], position: Position, oldest_ms: int) -> None:
-        if frames[0][0] < oldest_ms or frames[-1][0] < oldest_ms:
+    def _put(self, spool: Spool, frames: list[Frame], position: Position) -> None:
+        oldest_ms = self._clock_us() // 1000 - RESEND_S * 1000
+        # Times ascend in a spool: the emitter begins another where its clock goes back.
+        if frames[0][0] < oldest_ms and not self._is_young(spool):
             old = [frame for frame in frames if frame[0] < oldest_ms]
-            self._tally.expire(Counter([frame[2] for frame in old]), own=spool.own)
-            spool.settle_sequences({frame[2]: frame[1] for frame in old})
+            self._tally.expire(len(old), own=spool.own)
+            spool.progress.expire(old)
             frames = [frame for frame in frames if frame[0] >= oldest_ms]
         self._outbox.put(spool, frames, position)
+
+    def _is_young(self, spool: Spool) -> bool:
+        """Whether nothing in it can be too old, whatever a clock that was set forward says."""
+        return spool.own and self._elapsed_s() - spool.begun_s < RESEND_S
 
     async def _rest(self) -> None:
         """Until the emitter or an answer wakes us, where there is nothing to do."""
@@ -317,7 +340,7 @@ class Sender:
             self._failure = self._failure or error
         else:
             self._outbox.done(batch)
-            self._tally.acknowledge(Counter([mark & 255 for mark in batch.marks]), own=batch.spool.own)
+            self._tally.acknowledge(len(batch.marks), own=batch.spool.own)
             offset = answer.result().offset
             if offset >= 0:  # a broker that recognised a duplicate may not know where the first one is
                 self._acknowledged.remember(batch.spool.source, batch.partition, self._partitions, offset, batch.marks)
@@ -331,13 +354,19 @@ class Sender:
         for spool in list(self._spools):
             try:
                 spool.settle(self._outbox.settled(spool))
-                if spool.retired and spool.all_settled:
+                if spool.retired and spool.all_settled and self._elapsed_s() >= self._remove_again_s:
+                    spool.remove()
                     self._spools.remove(spool)
                     self._outbox.forget(spool)
-                    spool.remove()
             except OSError as error:  # at worst it is sent again by a successor
-                log.warning("an acknowledged spool cannot be removed: %s", error)
-        self._tally.notify()
+                self._remove_again_s = self._elapsed_s() + REMOVE_AGAIN_S
+                if str(error) != self._complaint:
+                    log.warning("what is acknowledged cannot be removed from the spool: %s", error)
+                self._complaint = str(error)
+        if self._crowded and self._adopted <= ADOPTED_MAX // 2:
+            self._crowded = False
+            self._adopt_now.set()
+        self._flushes.notify()
 
 
 async def discard(producer: AIOKafkaProducer) -> None:

@@ -10,28 +10,27 @@ import os
 import shutil
 import struct
 import threading
-import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
 from tollway.connectors.frame import FRAME_BYTES_MAX, Frame, next_whole, torn, unpack
+from tollway.connectors.progress import Progress
 from tollway.connectors.segment import SUFFIX, FileSegment, MemorySegment, Segment
 from tollway.connectors.tally import Tally
 from tollway.schemas.lane import LANES
-from tollway.schemas.usage import UUID_HEX
 
 SLICE_BYTES = FRAME_BYTES_MAX
 """Read at a time: one frame always fits."""
 SEGMENT_BYTES, SEGMENT_EVENTS = 4 << 20, 1 << 20
 BAD_FILES_MAX = 1_000
 """Stretches set aside; further ones are only counted."""
-HALF_MADE_S = 3_600
-"""A folder that was never finished is removed after this."""
 LOCK, ACKED, BAD = "lock", "acked", "bad"
 _ACKED = struct.Struct("<QQI")
+
+unforked = threading.RLock()
+"""Held while a lock is taken and not yet listed: a child forked in between would hold it, and not know."""
 
 log = logging.getLogger("tollway.emitter")
 
@@ -41,6 +40,14 @@ class Position(NamedTuple):
 
     segment: int
     at: int
+
+
+class End(NamedTuple):
+    """What a spool held when it was asked: all before the place, which is all up to the sequences."""
+
+    spool: "Spool"
+    position: Position
+    sequences: tuple[int, ...]
 
 
 class Spool:
@@ -64,6 +71,8 @@ class Spool:
         self.own = segments is None
         self.retired = not self.own
         """Nothing more is appended: once all is sent it can go."""
+        self.begun_s = 0.0
+        """Of an own one, by the clock that is never set."""
         self._tally, self._lock_fd = tally, lock_fd
         self._segment_bytes, self._segment_events = sizes
         self._lock = threading.Lock()  # the list of segments and the place read up to
@@ -72,7 +81,9 @@ class Spool:
         self._segments: list[Segment] = segments or [self._new_segment(1)]
         self._reading, self._at = self._segments[0], 0
         self._settled = self._saved = self._furthest = Position(self._reading.index, 0)
-        self._settled_sequence = [0] * LANES
+        self.sequences = [0] * LANES
+        """lane → the last sequence that was given."""
+        self.progress = Progress()
         self._synced = 0
 
     @classmethod
@@ -106,20 +117,20 @@ class Spool:
             # Else another successor has sent and removed it between our open and our lock.
             if not os.path.samestat(os.fstat(lock_fd), os.stat(folder / LOCK)):
                 raise BlockingIOError
-            indices = sorted(int(path.stem) for path in folder.glob(f"*{SUFFIX}"))
+            indices = sorted(int(path.stem) for path in folder.glob(f"*{SUFFIX}") if path.stem.isdecimal())
             segments: list[Segment] = [FileSegment(folder, index, new=False) for index in indices]
             if not segments:
                 segments = [FileSegment(folder, 1, new=True)]
                 segments[0].seal()
             spool = cls(folder.name, folder, tally, segments=segments, lock_fd=lock_fd)
+            spool._resume()
+            return spool
         except (BlockingIOError, FileNotFoundError):
             os.close(lock_fd)
             return None
         except BaseException:
             os.close(lock_fd)
             raise
-        spool._resume()
-        return spool
 
     @property
     def size_bytes(self) -> int:
@@ -187,8 +198,8 @@ class Spool:
             self._at = at + used
             self._furthest = max(self._furthest, self.position)
             if again:
-                settled = self._settled_sequence
-                frames = [frame for frame in frames if frame[1] > settled[frame[2]]]
+                done = self.progress.done
+                frames = [frame for frame in frames if not done(frame[2], frame[1])]
             if frames:
                 return frames, Position(segment.index, at)
 
@@ -203,21 +214,21 @@ class Spool:
         if self._reading is self._segments[-1]:
             return False
         if self._reading.broken:
-            self._tally.lose(self._lost(self._reading))
+            if self.own:
+                self._tally.lose(self._lost(self._reading))
             self._reading.broken = False
         self._reading = next(segment for segment in self._segments if segment.index > self._reading.index)
         self._at = 0
         return True
 
-    def _lost(self, segment: Segment) -> list[int]:
-        """Frames a lane that were appended to a segment and cannot be read any more: its disk is broken."""
-        lost, at = list(segment.by_lane), 0
+    def _lost(self, segment: Segment) -> int:
+        """Frames that were appended to a segment and cannot be read any more: its disk is broken."""
+        lost, at = segment.events, 0
         with suppress(OSError):
             data = segment.read(0, segment.size)
             while at < len(data):
                 frames, at = unpack(data, at)
-                for frame in frames:
-                    lost[frame[2]] -= 1
+                lost -= len(frames)
                 at = next_whole(data, at + 1)
         return lost
 
@@ -250,36 +261,56 @@ class Spool:
         """Give up the oldest segment of which nothing was taken yet; False where there is none. Under the emitter's lock."""
         tail = self._segments[-1]
         if tail.events and self._untouched(tail) and not any(map(self._untouched, self._segments[:-1])):
-            self._roll()
+            try:
+                self._roll()
+            except OSError:
+                return False
         with self._lock:
             victim = next(filter(self._untouched, self._segments[:-1]), None)
             if victim is None:
                 return False
-            self._segments.remove(victim)
-            self._freed_bytes += victim.size
+            try:
+                victim.delete()
+            except OSError:
+                return False
+            self.progress.drop((s.by_lane for s in self._segments if s.index < victim.index), victim.by_lane)
+            self._gone(victim)
             if victim is self._reading:
                 self._reading, self._at = self._segments[0], 0
-        victim.delete()
-        self._tally.drop(victim.by_lane)
+        self._tally.drop(victim.events)
         return True
+
+    def _gone(self, segment: Segment) -> None:
+        """Its file is deleted. Under the lock."""
+        self._segments = [s for s in self._segments if s is not segment]
+        self._freed_bytes += segment.size
+        self.progress.delete(segment.by_lane)
 
     def _untouched(self, segment: Segment) -> bool:
         return Position(segment.index, 0) >= self._furthest
 
-    def settle_sequences(self, sequences: Mapping[int, int]) -> None:
-        """lane → the sequence up to which all is acknowledged or given up."""
-        for lane, sequence in sequences.items():
-            self._settled_sequence[lane] = sequence
-
     def settle(self, position: Position) -> None:
-        """Everything before `position` is acknowledged: segments before it are deleted. Raises OSError."""
+        """Everything before `position` is acknowledged: segments before it are deleted.
+
+        Raises OSError where one cannot be: the next call tries again.
+        """
         with self._lock:
             self._settled = position
             done = [s for s in self._segments[:-1] if s.index < position.segment and s is not self._reading]
-            self._segments = [s for s in self._segments if s not in done]
-            self._freed_bytes += sum(segment.size for segment in done)
         for segment in done:
             segment.delete()
+            with self._lock:
+                self._gone(segment)
+
+    @property
+    def end(self) -> End:
+        """The place and the sequences up to which was appended. Under the emitter's lock."""
+        tail = self._segments[-1]
+        return End(self, Position(tail.index, tail.size), tuple(self.sequences))
+
+    def settled_to(self, position: Position) -> bool:
+        """Whether everything before a place is acknowledged or given up."""
+        return self._settled >= position
 
     @property
     def all_settled(self) -> bool:
@@ -309,7 +340,8 @@ class Spool:
             return
         self._reading, self._at = found, min(at, found.size) if found.index == segment else 0
         self._furthest = self.position
-        self.settle(self.position)
+        with suppress(OSError):  # the sender tries again
+            self.settle(self.position)
 
     def sync(self) -> None:
         """What was appended, to the disk. Raises OSError."""
@@ -326,24 +358,26 @@ class Spool:
             self._synced = segments[-1].index
 
     def close(self) -> None:
-        """Leave it to a successor; remove it where nothing is left in it. Raises OSError."""
-        if self.all_settled:
-            self.remove()
-            return
-        self.save_position()
-        self.abandon()
-
-    def remove(self) -> None:
-        """Raises OSError."""
+        """Leave it to a successor; remove it where nothing is left in it. Raises OSError, and is closed all the same."""
         try:
-            for segment in self._segments:
-                segment.delete()
-            if self.folder is not None:
-                (self.folder / ACKED).unlink(missing_ok=True)
-                (self.folder / LOCK).unlink(missing_ok=True)
-                self.folder.rmdir()
+            if self.all_settled:
+                self.remove()
+            else:
+                self.save_position()
         finally:
             self.abandon()
+
+    def remove(self) -> None:
+        """All is settled: it goes. Raises OSError where it cannot; it may be tried again, and a successor can take it."""
+        for segment in self._segments:
+            segment.delete()
+        if self.folder is not None:
+            (self.folder / ACKED).unlink(missing_ok=True)
+            # The last but one: a folder without a lock is nobody's, and what is in it would never be sent.
+            (self.folder / LOCK).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # a successor was quicker
+                self.folder.rmdir()
+        self.abandon()
 
     def abandon(self) -> None:
         """Close the files and nothing else: a forked child must not hold its parent's lock."""
@@ -352,24 +386,3 @@ class Spool:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
-
-
-def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str], take: Callable[[Spool], object]) -> int:
-    """Give `take` the spools under `root` whose owners are dead, but for the sources `adopted` already.
-
-    Returns the bytes of all spools that are not `own`. Raises OSError where the folder cannot be read.
-    """
-    others_bytes = 0
-    for folder in sorted(root.iterdir()):
-        source = folder.name.lstrip(".")
-        if source in own or not UUID_HEX.fullmatch(source):
-            continue
-        with suppress(OSError):  # another user's, or removed meanwhile
-            others_bytes += sum(path.stat().st_size for path in folder.iterdir())
-            if folder.name != source:
-                if folder.stat().st_mtime < time.time() - HALF_MADE_S:
-                    shutil.rmtree(folder)
-            elif source not in adopted and (spool := Spool.adopt(folder, tally)):
-                log.info("the spool of an ended process is sent: %s", source)
-                take(spool)
-    return others_bytes
