@@ -22,6 +22,7 @@ from redis.asyncio.cluster import RedisCluster
 from tollway.connectors.emitter import Emitted, Emitter
 from tollway.connectors.errors import Refused, Unavailable
 from tollway.connectors.gate_calls import (
+    Standing,
     authorize_call,
     capture_call,
     extend_call,
@@ -73,6 +74,7 @@ GRACE_S = 900
 
 log = logging.getLogger(__name__)
 
+COUNTERS = ("late", "queued", "restored", "expired", "orphans", "unrecorded")
 OUTAGE_WORDS = {"COLD": "cold", "GEN": "generation", "CLOCK": "clock", "STALE": "stale"}
 
 
@@ -107,7 +109,7 @@ class Gate:
         self.id = self._new_id()
         self._wire: Wire = PooledWire(redis) if isinstance(redis, str) else ClusterWire(redis)
         self._memory, self._outages = Memory(self.id, holds_max), Outages(outage)
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         """Decisions by verdict and by source; late, queued, restored (holds that Redis had lost), expired, orphans."""
         self._keeper = Keeper(
             self._wire, self._memory, self._outages, self.counters, emitter, grace_s * 1000, self._new_id
@@ -135,18 +137,19 @@ class Gate:
                 for again in (True, False):
                     reply = await self._ask(ask, call, hold, memory, started)
                     found = standing(reply)
-                    if memory.learn(found) or not again:
-                        break
-                    await reassert(
-                        self._wire, memory, self._memory.gate, self._grace_s * 1000, self.counters, self._deadline_s
-                    )
-                    if found.word != "GEN":
+                    if not await self._current(memory, found) or not again:
                         break
         except TimeoutError:
             return self._outages.answer(ask, "slow", started)
         except Unavailable as error:
             return self._outages.answer(ask, _reason(error), started)
         return self._decided(ask, call, hold, found.word, reply, started)
+
+    async def _current(self, memory: LaneMemory, found: Standing) -> bool:
+        """Take an answer in; where Redis has forgotten something, tell it first. Whether to ask again."""
+        if not memory.learn(found):
+            await reassert(self._wire, memory, self._memory.gate, self._grace_s * 1000, self.counters, self._deadline_s)
+        return found.word == "GEN"
 
     async def _ask(self, ask: Ask, call: str, hold: str, memory: LaneMemory, started: float) -> Any:
         keys, arguments = authorize_call(
@@ -267,11 +270,8 @@ class Gate:
                     )
                     reply = await self._wire.call(EXTEND, keys, arguments, self._deadline_s)
                     found = standing(reply)
-                    if memory.learn(found) or not again:
+                    if not await self._current(memory, found) or not again:
                         break
-                    await reassert(
-                        self._wire, memory, self._memory.gate, self._grace_s * 1000, self.counters, self._deadline_s
-                    )
         except TimeoutError:
             return Extension(hold, False, "slow")
         except Unavailable as error:
