@@ -27,8 +27,12 @@ class Failpoints:
         self._left -= 1
         if self._left > 0:
             return
-        if self._armed_by is not None:
+        if self._armed_by is not None and self._still_armed(self._armed_by):
             self._armed_by.unlink(missing_ok=True)
         sys.stderr.write(f"failpoint {name} hit\n")
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def _still_armed(self, path: Path) -> bool:
+        """A replica that was armed by the same file may have been here first, and the file say another name by now."""
+        return path.exists() and path.read_text(encoding="utf-8").partition(":")[0] == self._name
