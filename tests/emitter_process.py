@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from tests.load import World, emitted_fields, traffic, world
-from tests.oracle_journal import read_journal
+from tests.oracle_journal import JournalLines
 from tests.raw_writer import JournalFile
 from tollway.connectors.emitter import Emitter
 
@@ -27,8 +27,8 @@ def begun_before(journals: Path, name: str, life: int, thread: int) -> int:
     """How many calls of this thread's plan earlier lives have begun."""
     writer, last = f"{name}t{thread}", -1
     for earlier in range(life):
-        for tag in read_journal(journals / f"{name}.{earlier}.jsonl").begun:
-            of, _, number = tag.partition(".")
+        for line in JournalLines(journals / f"{name}.{earlier}.jsonl"):
+            of, _, number = line.get("b", "").partition(".")
             if of == writer:
                 last = max(last, int(number))
     return last + 1

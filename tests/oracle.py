@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tests.oracle_book import Book, Total, scopes_of, window_end, window_start
+from tests.oracle_book import DUPLICATE, Book, Row, Total, scopes_of, window_end, window_start
 from tests.oracle_fold import Oracle
 from tests.oracle_journal import Journal, check_journals, read_journals
 from tests.oracle_log import Log
@@ -28,6 +28,8 @@ from tests.oracle_sides import (
 
 SHOWN_MAX = 20
 DAY_S = 86_400
+REST = 3
+"""Between two looks at whether all has settled lies so many times what one took: looking is not to delay what it waits for."""
 
 
 @dataclass
@@ -35,6 +37,9 @@ class Verdict:
     """What was compared and every difference found. `reconciled` is their absence."""
 
     records: int = 0
+    emitted: int = 0
+    lives_killed: int = 0
+    raw: dict[str, int] = field(default_factory=dict)
     accepted: int = 0
     late: int = 0
     """Accepted more than a minute after it occurred."""
@@ -47,6 +52,10 @@ class Verdict:
     meter_events: int = 0
     stripe_events: int = 0
     stripe_units: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    """side → events, rows or units that must be there and are not."""
+    doubled: dict[str, int] = field(default_factory=dict)
+    """side → events, rows or units that are there and must not be."""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -54,13 +63,22 @@ class Verdict:
         return not self.differences
 
 
+class View(Protocol):
+    """The analyst's view, one partition at a time: a million rows of dictionaries are not held at once."""
+
+    def count(self) -> int: ...
+
+    def rows(self, partition: int) -> dict[tuple[int, int], dict[str, Any]]: ...
+
+    def totals(self, partition: int) -> dict[Total, int]: ...
+
+
 @dataclass
 class Actual:
-    """What the sides hold, read at one time."""
+    """What the sides hold."""
 
     redis: dict[Total, int]
-    rows: dict[tuple[int, int], dict[str, Any]]
-    totals: dict[Total, int]
+    view: View
     stripe: list[dict[str, Any]]
     dead: dict[tuple[int, int], tuple[str, bytes]]
     meter_events: dict[str, dict[str, Any]]
@@ -76,7 +94,14 @@ def compare(side: str, expected: dict[Any, Any], actual: dict[Any, Any]) -> list
     ]
 
 
-def compare_redis(book: Book, actual: dict[Total, int]) -> list[str]:
+def apart(verdict: Verdict, side: str, expected: dict[Any, int], actual: dict[Any, int]) -> None:
+    """Enter what is missing and what is too much, unit by unit: they never cancel out."""
+    deltas = [actual.get(key, 0) - expected.get(key, 0) for key in expected.keys() | actual.keys()]
+    verdict.lost[side] = verdict.lost.get(side, 0) - sum(delta for delta in deltas if delta < 0)
+    verdict.doubled[side] = verdict.doubled.get(side, 0) + sum(delta for delta in deltas if delta > 0)
+
+
+def redis_due(book: Book, actual: dict[Total, int]) -> dict[Total, int]:
     """Fields go a day after their window: until then they must be there, afterwards they may be, with the same total."""
     now_s = min(book.log_time_ms.values()) // 1000
     gone = {
@@ -84,16 +109,20 @@ def compare_redis(book: Book, actual: dict[Total, int]) -> list[str]:
         for total in book.used
         if total not in actual and (end := window_end(total[3], total[4])) is not None and end + DAY_S <= now_s
     }
-    return compare("redis", {total: units for total, units in book.used.items() if total not in gone}, actual)
+    return {total: units for total, units in book.used.items() if total not in gone}
 
 
-def compare_rows(book: Book, actual: dict[tuple[int, int], dict[str, Any]]) -> list[str]:
+Events = list[tuple[Row, dict[str, Any]]]
+"""Accepted rows with what they decode to."""
+
+
+def compare_rows(events: Events, actual: dict[tuple[int, int], dict[str, Any]]) -> list[str]:
     """The view shows accepted usage: each row once, each field as it was sent."""
-    expected = {(row.record.partition, row.record.offset): row for row in book.rows}
+    expected = {(row.record.partition, row.record.offset): (row, event) for row, event in events}
     wrong = [f"clickhouse: {at} is missing" for at in expected.keys() - actual.keys()]
     wrong += [f"clickhouse: {at} is not accepted usage" for at in actual.keys() - expected.keys()]
     for at in expected.keys() & actual.keys():
-        shown = as_the_view(expected[at])
+        shown = as_the_view(*expected[at])
         wrong += [
             f"clickhouse: {at} {name} is {actual[at][name]!r}, must be {value!r}"
             for name, value in shown.items()
@@ -102,11 +131,10 @@ def compare_rows(book: Book, actual: dict[tuple[int, int], dict[str, Any]]) -> l
     return wrong
 
 
-def expected_totals(book: Book) -> dict[Total, int]:
+def expected_totals(events: Events) -> dict[Total, int]:
     """Every meter x window x scope of what counts, whether a policy asks for it or not."""
     totals: dict[Total, int] = defaultdict(int)
-    for row in book.rows:
-        event = row.event
+    for row, event in events:
         if event["status"] not in ("ok", "error"):
             continue
         at_s = row.counted_us // 10**6
@@ -119,7 +147,34 @@ def expected_totals(book: Book) -> dict[Total, int]:
     return totals
 
 
-def compare_stripe(book: Book, events: list[dict[str, Any]]) -> list[str]:
+def compare_view(book: Book, view: View, verdict: Verdict) -> tuple[list[str], dict[tuple[str, str, int], int]]:
+    """Differences of rows and totals, one partition after the other; and the units due at the rail by minute."""
+    rows: dict[int, list[Row]] = defaultdict(list)
+    for row in book.rows:
+        rows[row.record.partition].append(row)
+    wrong: list[str] = []
+    billed: dict[tuple[str, str, int], int] = defaultdict(int)
+    for partition in sorted(book.verdicts):
+        events = [(row, row.event) for row in rows[partition]]
+        shown, totals, due = view.rows(partition), view.totals(partition), expected_totals(events)
+        wrong += compare_rows(events, shown) + compare("clickhouse totals", due, totals)
+        apart(verdict, "clickhouse_rows", dict.fromkeys(_places(events), 1), dict.fromkeys(shown, 1))
+        apart(verdict, "clickhouse_units", due, totals)
+        _bill_minutes(book, events, billed)
+        verdict.clickhouse_rows += len(shown)
+        verdict.clickhouse_totals += len(totals)
+    if verdict.clickhouse_rows != view.count():
+        wrong.append(f"clickhouse: {view.count()} rows in all, {verdict.clickhouse_rows} in the log's partitions")
+    return wrong, billed
+
+
+def _places(events: Events) -> list[tuple[int, int]]:
+    return [(row.record.partition, row.record.offset) for row, _ in events]
+
+
+def compare_stripe(
+    book: Book, events: list[dict[str, Any]], billed: dict[tuple[str, str, int], int], verdict: Verdict
+) -> list[str]:
     """Each identifier's own value; and, whatever was flushed when, units by customer, meter and minute."""
     expected = {
         identifier: (delta.customer, delta.event_name, delta.units, delta.last_us // 10**6)
@@ -136,25 +191,24 @@ def compare_stripe(book: Book, events: list[dict[str, Any]]) -> list[str]:
     minutes: dict[tuple[str, str, int], int] = defaultdict(int)
     for event in events:
         minutes[event["customer"], event["event_name"], event["timestamp"] // _bucket_s(book)] += event["value"]
-    return wrong + compare("stripe", expected, actual) + compare("stripe minute", _billed_minutes(book), minutes)
+    apart(verdict, "stripe_units", billed, minutes)
+    return wrong + compare("stripe", expected, actual) + compare("stripe minute", billed, minutes)
 
 
 def _bucket_s(book: Book) -> int:
     return max(60, int(book.config["billing_window_s"]))
 
 
-def _billed_minutes(book: Book) -> dict[tuple[str, str, int], int]:
+def _bill_minutes(book: Book, events: Events, into: dict[tuple[str, str, int], int]) -> None:
     """From the accepted rows alone: no flush, no delta, no identifier."""
-    units_by: dict[tuple[str, str, int], int] = defaultdict(int)
-    for row in book.rows:
-        customer = row.customer or book.bound.get(row.event["account"])
-        if row.event["status"] != "ok" or row.event["rail"] is not None or customer is None:
+    for row, event in events:
+        customer = row.customer or book.bound.get(event["account"])
+        if event["status"] != "ok" or event["rail"] is not None or customer is None:
             continue
-        for meter, units in row.event["quantities"].items():
+        for meter, units in event["quantities"].items():
             name = book.meters.get(meter)
             if name is not None:
-                units_by[customer, name, row.billed_us // 10**6 // _bucket_s(book)] += units
-    return units_by
+                into[customer, name, row.billed_us // 10**6 // _bucket_s(book)] += units
 
 
 def compare_meter_events(book: Book, events: dict[str, dict[str, Any]]) -> list[str]:
@@ -168,32 +222,38 @@ def judge(
     book: Book, journals: list[Journal], actual: Actual, original: dict[tuple[int, int], bytes | None]
 ) -> Verdict:
     """Everything against everything."""
+    told = check_journals(journals, book)
     verdict = Verdict(
         records=book.records,
+        emitted=told.emitted,
+        lives_killed=told.killed,
+        raw=dict(told.raw),
         accepted=len(book.rows),
-        late=sum(1 for row in book.rows if row.event["occurred_at"] < (row.record.append_ms - 60_000) * 1000),
-        duplicates=sum(1 for found in book.verdicts.values() if found == "duplicate"),
+        late=book.late,
+        duplicates=sum(found.count(DUPLICATE) for found in book.verdicts.values()),
         dead_letters=dict(Counter(book.dead.values())),
         redis_totals=len(actual.redis),
         redis_units=sum(
             u for (_, scope, meter, w, _), u in actual.redis.items() if (scope, meter, w) == ("acct", "calls", "M")
         ),
-        clickhouse_rows=len(actual.rows),
-        clickhouse_totals=len(actual.totals),
         meter_events=len(actual.meter_events),
         stripe_events=len(actual.stripe),
         stripe_units=sum(event["value"] for event in actual.stripe),
+        lost={"events": sum(line.startswith("LOST") for line in told.wrong)},
+        doubled={"events": sum(line.startswith("DOUBLED") for line in told.wrong)},
     )
     # A null would delete the letter from its compacted topic: an empty value stands for it.
     letters = {at: (reason, original.get(at) or b"") for at, reason in book.dead.items()}
+    in_redis = redis_due(book, actual.redis)
+    apart(verdict, "redis_units", in_redis, actual.redis)
+    in_view, billed = compare_view(book, actual.view, verdict)
     verdict.differences = [
         *actual.wrong,
-        *check_journals(journals, book),
-        *compare_redis(book, actual.redis),
-        *compare_rows(book, actual.rows),
-        *compare("clickhouse totals", expected_totals(book), actual.totals),
+        *told.wrong,
+        *compare("redis", in_redis, actual.redis),
+        *in_view,
         *compare_meter_events(book, actual.meter_events),
-        *compare_stripe(book, actual.stripe),
+        *compare_stripe(book, actual.stripe, billed, verdict),
         *compare("dead letters", letters, actual.dead),
     ]
     return verdict
@@ -231,14 +291,9 @@ class Court:
         totals, wrong = redis_totals(self.endpoints["redis_url"])
         dead, wrong_letters = dead_letters(self.letter_records, self.book.config["epoch"])
         events, wrong_events = meter_events(self.event_records)
-        sums: dict[Total, int] = {}
-        for window in ("m", "h", "d", "M"):
-            for scope in ("acct", "principal", "agent", "sess", "run"):
-                sums |= self.clickhouse.totals(window, scope)
         return Actual(
             redis=totals,
-            rows=self.clickhouse.rows(),
-            totals=sums,
+            view=self.clickhouse,
             stripe=stripe_events(self.endpoints["stripe_url"]),
             dead=dead,
             meter_events=events,
@@ -256,10 +311,12 @@ class Court:
 
     def verdict(self, deadline_s: float, progress: Callable[[str], None] = lambda line: None) -> Verdict:
         """Wait until everything has settled, or the deadline; then the comparison, repeated while it still improves."""
-        until = time.monotonic() + deadline_s
+        until, began = time.monotonic() + deadline_s, time.monotonic()
         while not self.is_settled() and time.monotonic() < until:
             progress(f"settling: {self.oracle.still_open()} deltas open, {len(self.book.deltas)} due")
-            time.sleep(1.0)
+            time.sleep(max(1.0, REST * (time.monotonic() - began)))
+            began = time.monotonic()
+        progress(f"comparing {self.book.records} records with every side")
         found = self._compare()
         while not found.reconciled and time.monotonic() < until:
             progress(f"settling: {len(found.differences)} differences")

@@ -14,6 +14,7 @@ from tests.oracle_book import (
     HOUR,
     KEEP_S,
     REFUSED,
+    TICK,
     UNITS_MAX,
     Account,
     Book,
@@ -82,14 +83,19 @@ class Partition:
         self.log_time_ms = self.book.log_time_ms[self.number] = max(self.log_time_ms, record.append_ms)
         self._step()
         self.book.records += 1
+        verdicts = self.book.verdicts[self.number]
+        if record.offset != len(verdicts):
+            raise AssertionError(f"{self.number}/{record.offset} follows {len(verdicts) - 1}")
+        verdicts.append(self._verdict(record))
+
+    def _verdict(self, record: Record) -> str:
         if record.key == b"tick" and record.value is None:
-            return
-        at = (record.partition, record.offset)
+            return TICK
         try:
-            verdict = self._judge(record)
+            return self._judge(record)
         except Refused as refusal:
-            verdict, self.book.dead[at] = REFUSED, str(refusal)
-        self.book.verdicts[at] = verdict
+            self.book.dead[record.partition, record.offset] = str(refusal)
+            return REFUSED
 
     def _step(self) -> None:
         if not self.config:
@@ -111,7 +117,6 @@ class Partition:
             raise Refused("not_open")
         if number == COMMAND_ID:
             return self._command(record, content)
-        self.book.usage[record.partition, record.offset] = content
         return self._usage(record, content)
 
     def _command(self, record: Record, command: dict[str, Any]) -> str:
@@ -187,10 +192,12 @@ class Partition:
             return verdict
         billed_us = append_us if event["occurred_at"] > append_us + 60 * 10**6 else event["occurred_at"]
         counted_us = event["occurred_at"] if event["hold"] is not None else max(billed_us, append_us - HOUR * 10**6)
-        row = Row(record, event, billed_us, counted_us, account.customer)
+        row = Row(record, str(event["trace_id"]), billed_us, counted_us, account.customer)
         self.book.rows.append(row)
-        self._count(account, row)
-        self._bill(row)
+        self.book.principals.add((event["account"], event["principal"]))
+        self.book.late += event["occurred_at"] < append_us - 60 * 10**6
+        self._count(account, row, event)
+        self._bill(row, event)
         return ACCEPTED
 
     def _check_price(self, event: dict[str, Any]) -> None:
@@ -215,8 +222,7 @@ class Partition:
         self.event_ids.add(event["event_id"])
         return ACCEPTED
 
-    def _count(self, account: Account, row: Row) -> None:
-        event = row.event
+    def _count(self, account: Account, row: Row, event: dict[str, Any]) -> None:
         if event["status"] not in ("ok", "error"):
             return
         touched: set[Total] = set()
@@ -233,8 +239,7 @@ class Partition:
         for total in touched:
             self.book.used[total] += event["quantities"][total[2]]
 
-    def _bill(self, row: Row) -> None:
-        event = row.event
+    def _bill(self, row: Row, event: dict[str, Any]) -> None:
         if event["status"] != "ok" or event["rail"] is not None:
             return
         window_s = self.config["billing_window_s"]

@@ -7,114 +7,129 @@ A journal is a file of JSON lines, one process life each:
     {"b": tag, "raw": kind, "want": verdict}      before a raw write; want = accepted, duplicate or a dead letter's reason
     {"r": tag, "p": partition, "o": offset}       the broker has it
     {"end": true}                                 closed cleanly
-The tag travels as the event's trace_id.
+The tag travels as the event's trace_id. Journals are read line by line: those of a million calls do not fit in memory.
 """
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.oracle_book import Book
+from tests.oracle_book import Book, Row
 from tests.oracle_wire import lane
 
+Line = dict[str, Any]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Journal:
-    """One life of one writer."""
+    """One life of one writer; `lines` can be gone through again and again."""
 
     name: str
-    begun: dict[str, dict[str, Any]] = field(default_factory=dict)
-    returned: dict[str, dict[str, Any]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    ended: bool = False
+    lines: Iterable[Line]
 
 
-def read_journal(path: Path) -> Journal:
-    """A last line that a kill cut short is left out: its write never returned."""
-    journal = Journal(path.stem)
-    for text in path.read_bytes().split(b"\n")[:-1]:
-        line = json.loads(text)
-        if "b" in line:
-            journal.begun[line["b"]] = line
-        elif "r" in line:
-            journal.returned[line["r"]] = line
-        elif "x" in line:
-            journal.refused[line["x"]] = line["why"]
-        else:
-            journal.ended = True
-    return journal
+class JournalLines:
+    """The lines of a file. A last one that a kill cut short is left out: its write never returned."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Line]:
+        with self.path.open("rb") as file:
+            for text in file:
+                if text.endswith(b"\n"):
+                    yield json.loads(text)
 
 
 def read_journals(folder: Path) -> list[Journal]:
-    return [read_journal(path) for path in sorted(folder.glob("*.jsonl"))]
+    return [Journal(path.stem, JournalLines(path)) for path in sorted(folder.glob("*.jsonl"))]
 
 
-def check_journals(journals: list[Journal], book: Book) -> list[str]:
+@dataclass
+class Findings:
+    """What the journals amount to, and what in the log contradicts them."""
+
+    emitted: int = 0
+    """Calls of emit() that returned."""
+    killed: int = 0
+    """Lives that did not close."""
+    raw: Counter[str] = field(default_factory=Counter)
+    """Raw writes by what they must have become."""
+    wrong: list[str] = field(default_factory=list)
+
+
+def check_journals(journals: list[Journal], book: Book) -> Findings:
     """What the journals promise and the log does not keep, or the log holds and no journal knows."""
-    seen = Counter(row.event["trace_id"] for row in book.rows)
-    by_tag = {row.event["trace_id"]: row for row in book.rows}
-    wrong: list[str] = []
-    known: set[str] = set()
+    found = Findings()
+    rows: dict[str, Row] = {}
+    for row in book.rows:
+        if row.tag in rows:
+            found.wrong.append(f"DOUBLED {row.tag}: accepted more than once")
+        rows[row.tag] = row
+    unknown = set(rows)
     for journal in journals:
-        known |= journal.begun.keys()
-        wrong += _check_open(journal)
-        for tag, line in journal.begun.items():
-            back = journal.returned.get(tag)
+        _check_journal(journal, book, rows, unknown, found)
+    found.wrong += [f"INVENTED {tag}: no journal knows it" for tag in sorted(unknown)]
+    return found
+
+
+def _check_journal(journal: Journal, book: Book, rows: dict[str, Row], unknown: set[str], found: Findings) -> None:
+    begun: dict[str, Line] = {}
+    ended = False
+    for line in journal.lines:
+        if "b" in line:
+            begun[line["b"]] = line
+            unknown.discard(line["b"])
             if "raw" in line:
-                wrong += _check_raw(journal.name, tag, line, back, book)
-            elif tag in journal.refused and seen[tag]:
-                wrong.append(f"{journal.name}: {tag} was refused, yet stands in the log")
-            elif back is not None:
-                row = by_tag.get(tag)
-                if row is None:
-                    wrong.append(f"LOST {journal.name}: {tag} returned {back}, not accepted in the log")
-                else:
-                    wrong += _check_content(journal.name, tag, line["e"], back, row.event)
-    wrong += [f"DOUBLED {tag}: accepted {count} times" for tag, count in seen.items() if count > 1]
-    wrong += [f"INVENTED {tag}: no journal knows it" for tag in seen.keys() - known]
-    return wrong
+                found.raw[line["want"]] += 1
+        elif "x" in line:
+            del begun[line["x"]]
+            if line["x"] in rows:
+                found.wrong.append(f"{journal.name}: {line['x']} was refused, yet stands in the log")
+        elif "r" in line:
+            before = begun.pop(line["r"])
+            if "raw" in before:
+                found.wrong += _check_raw(journal.name, before, line, book)
+            else:
+                found.emitted += 1
+                found.wrong += _check_emitted(journal.name, before, line, rows.get(line["r"]))
+        else:
+            ended = True
+    found.killed += not ended
+    found.wrong += _check_open(journal.name, begun, ended)
 
 
-def _check_open(journal: Journal) -> list[str]:
+def _check_open(name: str, begun: dict[str, Line], ended: bool) -> list[str]:
     """Begun only: at most one a thread, and none in a life that closed."""
-    open_tags = journal.begun.keys() - journal.returned.keys() - journal.refused.keys()
-    threads = Counter(journal.begun[tag].get("t", 0) for tag in open_tags)
-    if journal.ended and open_tags:
-        return [f"{journal.name}: closed, yet {sorted(open_tags)[:3]} never returned"]
-    return [f"{journal.name}: thread {thread} left {count} open" for thread, count in threads.items() if count > 1]
+    raw = [tag for tag, line in begun.items() if "raw" in line]
+    wrong = [f"{name}: {tag} ({begun[tag]['raw']}) was never acknowledged" for tag in raw]
+    left = begun.keys() - set(raw)
+    if ended and left:
+        return [*wrong, f"{name}: closed, yet {sorted(left)[:3]} never returned"]
+    threads = Counter(begun[tag]["t"] for tag in left)
+    return wrong + [f"{name}: thread {thread} left {count} open" for thread, count in threads.items() if count > 1]
 
 
-def _check_content(
-    name: str, tag: str, fields: dict[str, Any], back: dict[str, Any], event: dict[str, Any]
-) -> list[str]:
-    want = {**dict.fromkeys(event.keys() - {"event_id"}), **fields, "source": back["s"], "sequence": back["q"]}
+def _check_emitted(name: str, before: Line, back: Line, row: Row | None) -> list[str]:
+    if row is None:
+        return [f"LOST {name}: {back['r']} returned {back}, not accepted in the log"]
+    event = row.event
+    want = {**dict.fromkeys(event.keys() - {"event_id"}), **before["e"], "source": back["s"], "sequence": back["q"]}
     wrong = [
-        f"CHANGED {name}: {tag} {key} is {event[key]!r}, was {value!r}"
+        f"CHANGED {name}: {back['r']} {key} is {event[key]!r}, was {value!r}"
         for key, value in want.items()
         if event[key] != value
     ]
     if lane(event["account"]) != back["l"]:
-        wrong.append(f"{name}: {tag} returned lane {back['l']}, {event['account']} has {lane(event['account'])}")
+        wrong.append(f"{name}: {back['r']} returned lane {back['l']}, {event['account']} has {lane(event['account'])}")
     return wrong
 
 
-def _check_raw(name: str, tag: str, line: dict[str, Any], back: dict[str, Any] | None, book: Book) -> list[str]:
-    if back is None:
-        return [f"{name}: {tag} ({line['raw']}) was never acknowledged"]
-    at = (back["p"], back["o"])
-    verdict = book.dead.get(at) or book.verdicts.get(at)
-    return (
-        [] if verdict == line["want"] else [f"{name}: {tag} ({line['raw']}) at {at} is {verdict}, not {line['want']}"]
-    )
-
-
-def raw_counts(journals: list[Journal]) -> dict[str, int]:
-    """Raw writes by what they must have become."""
-    return dict(Counter(line["want"] for journal in journals for line in journal.begun.values() if "raw" in line))
-
-
-def emitted(journals: list[Journal]) -> int:
-    """Calls of emit() that returned."""
-    return sum(1 for journal in journals for tag in journal.returned if "raw" not in journal.begun[tag])
+def _check_raw(name: str, before: Line, back: Line, book: Book) -> list[str]:
+    verdict = book.verdict(back["p"], back["o"])
+    if verdict == before["want"]:
+        return []
+    return [f"{name}: {back['r']} ({before['raw']}) at {back['p']}/{back['o']} is {verdict}, not {before['want']}"]

@@ -33,6 +33,7 @@ class Log:
             raise KafkaException(listed.error)
         self.partitions = len(listed.partitions)
         self.next = dict.fromkeys(range(self.partitions), 0)
+        self._found: list[Record] = []
         self.consumer.assign([TopicPartition(topic, number, 0) for number in range(self.partitions)])
 
     def ends(self) -> dict[int, int]:
@@ -43,9 +44,12 @@ class Log:
         }
 
     def read(self) -> list[Record]:
-        """Records appended up to the ends as they are now, each partition's in offset order."""
+        """Records appended up to the ends as they are now, each partition's in offset order.
+
+        Raises KafkaException while the broker is away; what it had given by then comes with the next call.
+        """
         missing = {number for number, end in self.ends().items() if end > self.next[number]}
-        ends, found = self.ends(), []
+        ends = self.ends()
         until = time.monotonic() + STALLED_S
         while missing:
             messages = self.consumer.consume(BATCH, WAIT_S)  # waits for all of the batch, or this long
@@ -56,7 +60,7 @@ class Log:
             for message in messages:
                 number = message.partition()
                 if message.error() is None:
-                    found.append(self._record(message))
+                    self._found.append(self._record(message))
                     self.next[number] = message.offset() + 1
                 elif message.error().code() == KafkaError._PARTITION_EOF:
                     self.next[number] = max(self.next[number], message.offset())
@@ -64,6 +68,7 @@ class Log:
                     raise KafkaException(message.error())
                 if self.next[number] >= ends[number]:
                     missing.discard(number)
+        found, self._found = self._found, []
         return found
 
     def _record(self, message) -> Record:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,9 +11,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.load_poison import Raw, target
 from tests.oracle import Actual, expected_totals
-from tests.oracle_book import Book, Record
+from tests.oracle_book import Book, Record, Total
 from tests.oracle_sides import as_the_view
-from tests.oracle_wire import COMMAND_ID, frame
+from tests.oracle_wire import COMMAND_ID, frame, lane
 
 EPOCH = "0-paper"
 
@@ -60,12 +61,31 @@ class Paper:
             self.append(partition, b"tick", None)
 
 
+@dataclass
+class PaperView:
+    """A view that shows what it is given."""
+
+    kept: dict[tuple[int, int], dict[str, Any]]
+    sums: dict[Total, int]
+    partitions: int
+
+    def count(self) -> int:
+        return len(self.kept)
+
+    def rows(self, partition: int) -> dict[tuple[int, int], dict[str, Any]]:
+        return {at: row for at, row in self.kept.items() if at[0] == partition}
+
+    def totals(self, partition: int) -> dict[Total, int]:
+        return {total: units for total, units in self.sums.items() if lane(total[0]) % self.partitions == partition}
+
+
 def faithful(book: Book, original: dict[tuple[int, int], bytes | None]) -> Actual:
     """Sides that hold exactly what the book says."""
+    events = [(row, row.event) for row in book.rows]
+    shown = {(row.record.partition, row.record.offset): as_the_view(row, event) for row, event in events}
     return Actual(
         redis=dict(book.used),
-        rows={(row.record.partition, row.record.offset): as_the_view(row) for row in book.rows},
-        totals=dict(expected_totals(book)),
+        view=PaperView(shown, dict(expected_totals(events)), len(book.verdicts)),
         stripe=[
             {
                 "identifier": identifier,

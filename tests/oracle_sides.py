@@ -25,19 +25,25 @@ PLAIN = (
     "latency_us", "quantities",
 )  # fmt: skip
 TIMES = ("occurred_at", "billed_at", "counted_at")
-WINDOW_SQL = {
-    "m": "toStartOfMinute(counted_at)",
-    "h": "toStartOfHour(counted_at)",
-    "d": "toStartOfDay(counted_at)",
-    "M": "toDateTime(toStartOfMonth(counted_at), 'UTC')",
-}
-SCOPE_SQL = {
-    "acct": "'acct'",
-    "principal": "concat(multiIf(principal_kind = 'anonymous', 'anon', principal_kind), ':', principal)",
-    "agent": "if(empty(agent), '', concat('agent:', agent))",
-    "sess": "if(empty(session), '', concat('sess:', session))",
-    "run": "if(empty(run), '', concat('run:', run))",
-}
+TOTALS_SQL = f"""
+SELECT account, scope, meter, span.1, span.2, sum(units) FROM (
+    SELECT account, meter, units,
+        arrayJoin([
+            'acct',
+            concat(multiIf(principal_kind = 'anonymous', 'anon', principal_kind), ':', principal),
+            if(empty(agent), '', concat('agent:', agent)),
+            if(empty(session), '', concat('sess:', session)),
+            if(empty(run), '', concat('run:', run))
+        ]) AS scope,
+        arrayJoin([
+            ('m', toUnixTimestamp(toStartOfMinute(counted_at))),
+            ('h', toUnixTimestamp(toStartOfHour(counted_at))),
+            ('d', toUnixTimestamp(toStartOfDay(counted_at))),
+            ('M', toUnixTimestamp(toDateTime(toStartOfMonth(counted_at), 'UTC')))
+        ]) AS span
+    FROM {USAGE_VIEW} ARRAY JOIN mapKeys(quantities) AS meter, mapValues(quantities) AS units
+    WHERE status IN ('ok', 'error') AND kafka_partition = %(partition)d
+) WHERE scope != '' GROUP BY account, scope, meter, span"""
 
 
 def redis_totals(url: str) -> tuple[dict[Total, int], list[str]]:
@@ -80,38 +86,34 @@ class ClickHouse:
     def count(self) -> int:
         return int(self.client.query(f"SELECT count() FROM {USAGE_VIEW}").result_rows[0][0])
 
-    def rows(self) -> dict[tuple[int, int], dict[str, Any]]:
+    def rows(self, partition: int) -> dict[tuple[int, int], dict[str, Any]]:
         """(partition, offset) → the event as the view has it; an empty text stands for null there."""
         columns = [*PLAIN, *NULLABLE, "path", "attributes"]
         times = ", ".join(f"toUnixTimestamp64Micro({name})" for name in TIMES)
         answer = self.client.query(
-            f"SELECT kafka_partition, kafka_offset, {times}, {', '.join(columns)} FROM {USAGE_VIEW}"
+            f"SELECT kafka_offset, {times}, {', '.join(columns)} FROM {USAGE_VIEW} WHERE kafka_partition = {partition:d}"
         )
         found: dict[tuple[int, int], dict[str, Any]] = {}
-        for partition, offset, *values in answer.result_rows:
+        for offset, *values in answer.result_rows:
             if (partition, offset) in found:
                 raise AssertionError(f"view {USAGE_VIEW} shows {partition}/{offset} twice")
             found[partition, offset] = dict(zip([*TIMES, *columns], values, strict=True))
         return found
 
-    def totals(self, window: str, scope: str) -> dict[Total, int]:
-        """Σ units of what counts, by account, scope, meter and the window of counted_at, added up by the engine."""
-        answer = self.client.query(
-            f"SELECT account, {SCOPE_SQL[scope]} AS scope, meter, toUnixTimestamp({WINDOW_SQL[window]}) AS start,"
-            f" sum(units) FROM {USAGE_VIEW} ARRAY JOIN mapKeys(quantities) AS meter, mapValues(quantities) AS units"
-            " WHERE status IN ('ok', 'error') AND scope != '' GROUP BY account, scope, meter, start"
-        )
+    def totals(self, partition: int) -> dict[Total, int]:
+        """Σ units of what counts, by account, scope, meter and every window of counted_at, added up by the engine."""
+        answer = self.client.query(TOTALS_SQL % {"partition": partition})
         return {
-            (account, of, meter, window, start): int(units) for account, of, meter, start, units in answer.result_rows
+            (account, of, meter, window, start): int(units)
+            for account, of, meter, window, start, units in answer.result_rows
         }
 
     def close(self) -> None:
         self.client.close()
 
 
-def as_the_view(row: Row) -> dict[str, Any]:
+def as_the_view(row: Row, event: dict[str, Any]) -> dict[str, Any]:
     """A row as the view shows it: null texts are empty, null collections too."""
-    event = row.event
     shown = {"billed_at": row.billed_us, "counted_at": row.counted_us}
     shown |= {name: event[name] for name in ("occurred_at", *PLAIN)}
     for name in NULLABLE:

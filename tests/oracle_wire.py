@@ -79,6 +79,12 @@ def frame(schema_id: int, record: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
+def decode(value: bytes) -> dict[str, Any]:
+    """The usage record in a value that `unframe` has taken."""
+    record: dict[str, Any] = fastavro.schemaless_reader(io.BytesIO(value[5:]), SCHEMA[USAGE_ID], None)
+    return record
+
+
 def unframe(value: bytes) -> tuple[int, dict[str, Any]]:
     """(schema id, record). Raises Refused with the first reason that holds."""
     if len(value) > 65_536:

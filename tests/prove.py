@@ -7,7 +7,7 @@ doubled, every poison refused for its own reason, and every failpoint hit.
 import argparse
 import asyncio
 import json
-import signal
+import resource
 import subprocess
 import sys
 import tempfile
@@ -16,33 +16,36 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from confluent_kafka import KafkaException
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.load import METERS, World, midway, opening, world
 from tests.load_poison import Raw, closed_hole, poisons, unsequenced
 from tests.oracle import Court, Verdict
-from tests.oracle_journal import emitted, raw_counts, read_journals
+from tests.oracle_book import Record
+from tests.prove_emitters import ROOT, Emitters
+from tests.prove_gauge import Gauge, Kill, Recoveries
 from tests.prove_kills import FAILPOINTS, Killer, as_rows, failpoints_hit, kill_faults
+from tests.prove_machine import machine, served
+from tests.prove_outages import Away, Breaker, outage_faults
+from tests.prove_scale import EMITTERS, THREADS, Scale, small, stack_of, whole
 from tests.raw_writer import RawWriter, copies, shuffled
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.embedded.stack import Stack
 from tollway.connectors.kafka import started_producer
 from tollway.connectors.stripe import StripePort
 from tollway.streams.bootstrap import new_command_id
-from tollway.streams.local import local_stack
 
-ROOT = Path(__file__).resolve().parent.parent
-EMITTERS, THREADS = 3, 2
-ACCOUNTS, PRINCIPALS_EACH = 220, 10
-TRAFFIC_S = 90.0
-"""The emitters are paced to make their calls in this time: kills fall into traffic, not behind it."""
 COPY_SHARE, SHUFFLE_SHARE = 0.01, 0.01
 EMITTER_DIES_AT, MIDWAY_AT, POISON_AT = 0.35, 0.4, 0.5
-TRAFFIC_DEADLINE_S, SETTLE_DEADLINE_S = 400.0, 240.0
+RAIL_FAILS_AT = 0.62
+PROGRESS_S = 5.0
+VERIFY_DEADLINE_S = 600
 HELD_BACK = 10
 """Every so manieth of the shuffled records comes a minute after its neighbours: its hole outlives several workers."""
 TRICKLE_SEED = 1_000_000
@@ -59,6 +62,9 @@ class Report:
     """What a campaign found; `ok` only where there is no fault and the verdict is reconciled."""
 
     seed: int
+    scale: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    began: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     events: int = 0
     emitters: int = 0
     emitters_killed: int = 0
@@ -70,72 +76,27 @@ class Report:
     verdict: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    driver_peak_mb: int = 0
+    """Largest resident size of the campaign's own process, oracle included."""
     seconds: dict[str, float] = field(default_factory=dict)
     ok: bool = False
 
 
-class Emitters:
-    """The emitting processes, and the successor of the one that is killed."""
-
-    def __init__(self, bootstrap: str, folder: Path, seed: int, events: int, seconds: float) -> None:
-        self.bootstrap, self.folder, self.seed = bootstrap, folder, seed
-        self.each = -(-events // (EMITTERS * THREADS))
-        self.rate = self.each * THREADS / seconds
-        self.running = {f"e{index}": self._start(index, 0) for index in range(EMITTERS)}
-        self.killed: list[str] = []
-
-    def _start(self, index: int, life: int) -> "subprocess.Popen[str]":
-        argv = [sys.executable, "-m", "tests.emitter_process", "--bootstrap", self.bootstrap, "--name", f"e{index}"]
-        argv += ["--spool", str(self.folder / f"spool-e{index}"), "--journals", str(self.folder / "journals")]
-        argv += ["--index", str(index), "--life", str(life), "--seed", str(self.seed), "--events", str(self.each)]
-        argv += ["--threads", str(THREADS), "--writers", str(EMITTERS * THREADS), "--rate", str(self.rate)]
-        argv += ["--accounts", str(ACCOUNTS), "--principals", str(PRINCIPALS_EACH)]
-        return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def replace(self, index: int) -> None:
-        """kill −9, and a successor on the same spool."""
-        dying = self.running[f"e{index}"]
-        if dying.poll() is not None:
-            raise RuntimeError(f"emitter e{index} had ended before it could be killed")
-        dying.send_signal(signal.SIGKILL)
-        dying.wait()
-        self.killed.append(f"e{index}")
-        self.running[f"e{index}"] = self._start(index, 1)
-
-    def done(self) -> bool:
-        return all(process.poll() is not None for process in self.running.values())
-
-    def finish(self) -> list[str]:
-        """What is wrong with their ends."""
-        wrong = []
-        for name, process in self.running.items():
-            try:
-                out, _ = process.communicate(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                wrong.append(f"{name} did not end")
-                continue
-            if process.returncode:
-                wrong.append(f"{name} ended with {process.returncode}: {out[-300:]}")
-        return wrong
-
-    def kill(self) -> None:
-        for process in self.running.values():
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+Step = tuple[float, str, Callable[[], object]]
+"""Seconds after the start, the part that it needs, what happens then."""
 
 
 class Campaign:
     """One stack, one seed."""
 
-    def __init__(self, data: Path, seed: int, events: int, progress: Callable[[str], None]) -> None:
-        self.data, self.events, self.progress = data, events, progress
-        self.random, self.report = Random(seed), Report(seed, accounts=ACCOUNTS)
-        self.made: World = world(seed, ACCOUNTS, PRINCIPALS_EACH)
+    def __init__(self, data: Path, seed: int, scale: Scale, progress: Callable[[str], None]) -> None:
+        self.data, self.scale, self.progress = data, scale, progress
+        self.random, self.report = Random(seed), Report(seed, asdict(scale), machine(), accounts=scale.accounts)
+        self.made: World = world(seed, scale.accounts, scale.principals_each)
         self.journals = data / "journals"
         self.journals.mkdir(parents=True)
-        self.stack: Stack = local_stack(data, progress, test_windows=True)
+        self.stack: Stack = stack_of(scale, data, progress)
+        self.away = Away()
         self.signer: Signer
         self.customers: dict[str, str] = {}
 
@@ -143,17 +104,18 @@ class Campaign:
         with self._timed("start"):
             self.stack.start()
         self.signer = Signer.read(self.data / "control.key")
+        self.report.machine |= served(self.stack.endpoints)
         court = Court(asdict(self.stack.endpoints), self.journals)
         try:
             with self._timed("open"):
                 asyncio.run(self._open(court.log.partitions))
             with self._timed("traffic"):
-                killers, wrong = self._traffic(court)
+                kills, wrong = self._traffic(court)
             with self._timed("settle"):
-                verdict = court.verdict(SETTLE_DEADLINE_S, self.progress)
+                verdict = court.verdict(self.scale.settle_s, self.progress)
             with self._timed("verify"):
                 self.report.audit = self._audit_verify()
-            self._conclude(killers, wrong, verdict, court)
+            self._conclude(kills, wrong, verdict, court)
         finally:
             court.close()
             self.stack.stop()
@@ -183,43 +145,79 @@ class Campaign:
         finally:
             await producer.stop()
 
-    def _traffic(self, court: Court) -> tuple[list[Killer], list[str]]:
-        """Emit, copy, shuffle, poison and kill, until all of it is over."""
-        bootstrap, partitions = self.stack.endpoints.kafka_bootstrap, court.log.partitions
-        began = time.monotonic()
-        emitters = Emitters(bootstrap, self.data, self.report.seed, self.events, TRAFFIC_S)
-        raw = RawWriter(bootstrap, self.journals / "raw.jsonl", partitions)
-        killers = [Killer(self.stack, group, self.report.seed, began) for group in FAILPOINTS]
-        due = self._agenda(emitters, raw, partitions)
-        writers = {f"e{index}t{thread}" for index in range(EMITTERS) for thread in range(THREADS)}
-        wrong: list[str] = []
+    def _traffic(self, court: Court) -> tuple[list[Kill], list[str]]:
+        """Emit, copy, shuffle, poison and kill, until all of it is over. Returns the kills and what went wrong."""
+        where, seed = self.stack.endpoints, self.report.seed
+        gauge = Gauge(where.kafka_bootstrap, where.stripe_url, where.redis_url, lambda: len(court.book.deltas))
+        recoveries = Recoveries(gauge, time.monotonic())
+        until_s = self.scale.traffic_s * self.scale.kill_until
+        killers = [
+            Killer(self.stack, group, self.scale.workers(group), seed, gauge, recoveries, until_s)
+            for group in FAILPOINTS
+        ]
+        breakers = [
+            Breaker(self.stack, row, self.scale.traffic_s, gauge, recoveries, self.away) for row in self.scale.outages
+        ]
+        emitters = Emitters(where.kafka_bootstrap, self.data, seed, self.scale)
+        raw = RawWriter(where.kafka_bootstrap, self.journals / "raw.jsonl", court.log.partitions)
+        due = self._agenda(emitters, raw, court.log.partitions, recoveries)
         try:
-            for killer in killers:
-                killer.start()
-            while not emitters.done() or due or any(killer.is_alive() for killer in killers):
-                passed = time.monotonic() - began
-                if passed > TRAFFIC_DEADLINE_S:
-                    wrong += [f"emitters and kills were not done within {TRAFFIC_DEADLINE_S:.0f} s"]
-                    break
-                while due and due[0][0] <= passed:
-                    due.pop(0)[1]()
-                for copy, partition in copies(court.follow(), self.random, COPY_SHARE, writers):
-                    raw.write(copy, "copy", partition)
-                for record in shuffled(self.made, TRICKLE_SEED + raw.written, TRICKLE, time.time_ns() // 1000):
-                    raw.write(record, "trickle")
-                self.progress(
-                    f"{passed:.0f} s: {court.book.records} records, {sum(len(k.kills) for k in killers)} kills"
-                )
-                time.sleep(1.0)
-            wrong += emitters.finish()
+            for thread in (gauge, recoveries, *killers, *breakers):
+                thread.start()
+            wrong = self._drive(court, emitters, raw, due, [*killers, *breakers], recoveries)
+            wrong += [*emitters.finish(), *recoveries.await_all()]
             raw.close()
         finally:
             emitters.kill()
-        return killers, wrong
+            gauge.close()
+        wrong += [*kill_faults(killers, recoveries.kills, self.data), *outage_faults(breakers)]
+        return recoveries.kills, wrong
 
-    def _agenda(self, emitters: Emitters, raw: RawWriter, partitions: int) -> list[tuple[float, Callable[[], object]]]:
-        """(seconds after the start, what happens then), in order."""
-        account = self.made.accounts[0]
+    def _drive(
+        self,
+        court: Court,
+        emitters: Emitters,
+        raw: RawWriter,
+        due: list[Step],
+        breaking: list[Killer | Breaker],
+        recoveries: Recoveries,
+    ) -> list[str]:
+        """Once a second: what is due, copies, a trickle, and a line of progress."""
+        writers = {f"e{index}t{thread}" for index in range(EMITTERS) for thread in range(THREADS)}
+        said = 0.0
+        while not emitters.done() or due or any(thread.is_alive() for thread in breaking):
+            passed = time.monotonic() - recoveries.began
+            limit_s = self.scale.traffic_s + self.scale.traffic_slack_s
+            if passed > limit_s:
+                return [f"emitters and kills were not done within {limit_s:.0f} s"]
+            with self.away.all_here():
+                while due and due[0][0] <= passed and due[0][1] not in self.away:
+                    due.pop(0)[2]()
+            for copy, partition in copies(self._follow(court), self.random, COPY_SHARE, writers):
+                raw.write(copy, "copy", partition)
+            for record in shuffled(self.made, TRICKLE_SEED + raw.written, TRICKLE, time.time_ns() // 1000):
+                raw.write(record, "trickle")
+            if passed - said >= PROGRESS_S:
+                said = passed
+                self.progress(
+                    f"{passed:.0f} of {self.scale.traffic_s:.0f} s: {court.book.records} records,"
+                    f" {len(recoveries.kills)} deaths, lag {recoveries.gauge.lag('accounts')} accounts,"
+                    f" {recoveries.gauge.lag('audit')} audit, {recoveries.gauge.waiting('stripe')} deltas wait"
+                )
+            time.sleep(1.0)
+        return []
+
+    def _follow(self, court: Court) -> list[Record]:
+        """Fold what the log has grown by; nothing while the broker is away."""
+        try:
+            return court.follow()
+        except (KafkaException, TimeoutError) as error:
+            self.progress(f"the log is not read: {error}")
+            return []
+
+    def _agenda(self, emitters: Emitters, raw: RawWriter, partitions: int, recoveries: Recoveries) -> list[Step]:
+        """What happens besides the emitters' traffic, in order."""
+        account, traffic_s = self.made.accounts[0], self.scale.traffic_s
 
         def now_us() -> int:
             return time.time_ns() // 1000
@@ -228,23 +226,27 @@ class Campaign:
             for record in records:
                 raw.write(record, kind)
 
-        out_of_order = shuffled(self.made, self.report.seed, int(self.events * SHUFFLE_SHARE), now_us())
+        out_of_order = shuffled(self.made, self.report.seed, int(self.scale.events * SHUFFLE_SHARE), now_us())
         holes = closed_hole(self.made.accounts[1], now_us())
 
         def poison() -> None:
             forger = Signer(Ed25519PrivateKey.generate(), self.signer.kid)
             write("poison", poisons(account, STRANGER, now_us(), self._signing(self.signer), self._signing(forger)))
 
-        agenda: list[tuple[float, Callable[[], object]]] = [
-            (TRAFFIC_S * 0.1, lambda: write("shuffled", [r for n, r in enumerate(out_of_order) if n % HELD_BACK])),
-            (TRAFFIC_S * 0.15, lambda: write("closed hole", holes[:-2])),
-            (TRAFFIC_S * 0.3, self._rail_fails),
-            (TRAFFIC_S * EMITTER_DIES_AT, lambda: emitters.replace(1)),
-            (TRAFFIC_S * MIDWAY_AT, lambda: asyncio.run(self._send(midway(self.made), partitions))),
-            (TRAFFIC_S * POISON_AT, poison),
-            (TRAFFIC_S * 0.8, lambda: write("held back", [*out_of_order[::HELD_BACK], *holes[-2:]])),
-            (TRAFFIC_S * 0.6, lambda: write("unsequenced", unsequenced(self.made.accounts[2], now_us(), 60))),
-        ]
+        def replace() -> None:
+            doing = emitters.replace(1)
+            recoveries.note("accounts", "emitter e1", "SIGKILL", doing, lambda: emitters.journal_bytes(1, 1) > 0)
+
+        agenda: list[Step] = [
+            (traffic_s * 0.1, "kafka", lambda: write("shuffled", [r for n, r in enumerate(out_of_order) if n % HELD_BACK])),
+            (traffic_s * 0.15, "kafka", lambda: write("closed hole", holes[:-2])),
+            (traffic_s * RAIL_FAILS_AT, "stripe", self._rail_fails),
+            (traffic_s * EMITTER_DIES_AT, "", replace),
+            (traffic_s * MIDWAY_AT, "kafka", lambda: asyncio.run(self._send(midway(self.made), partitions))),
+            (traffic_s * POISON_AT, "kafka", poison),
+            (traffic_s * 0.8, "kafka", lambda: write("held back", [*out_of_order[::HELD_BACK], *holes[-2:]])),
+            (traffic_s * 0.6, "kafka", lambda: write("unsequenced", unsequenced(self.made.accounts[2], now_us(), 60))),
+        ]  # fmt: skip
         return sorted(agenda, key=lambda entry: entry[0])
 
     def _rail_fails(self) -> None:
@@ -262,23 +264,22 @@ class Campaign:
     def _audit_verify(self) -> dict[str, Any]:
         """`tollway audit verify --json`, as ops would run it."""
         argv = [sys.executable, "-m", "tollway.streams.cli", "audit", "verify", "--data", str(self.data), "--json"]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=VERIFY_DEADLINE_S, cwd=ROOT)
         try:
             found: dict[str, Any] = json.loads(done.stdout)
         except ValueError:
             return {"ok": False, "error": done.stderr[-500:]}
         return {**found, "faults": found.get("faults", [])[:SHOWN_MAX], "chains": len(found.get("chains", []))}
 
-    def _conclude(self, killers: list[Killer], wrong: list[str], verdict: Verdict, court: Court) -> None:
-        report, journals = self.report, read_journals(self.journals)
-        report.kills, report.failpoints = as_rows(killers), failpoints_hit(self.data)
-        report.events, report.emitters = emitted(journals), EMITTERS
-        report.emitters_killed = sum(1 for journal in journals if not journal.ended)
-        report.principals = len({(row.event["account"], row.event["principal"]) for row in court.book.rows})
-        report.raw = raw_counts(journals)
+    def _conclude(self, kills: list[Kill], wrong: list[str], verdict: Verdict, court: Court) -> None:
+        report = self.report
+        report.kills, report.failpoints = as_rows(kills), failpoints_hit(self.data)
+        report.events, report.emitters = verdict.emitted, EMITTERS
+        report.emitters_killed, report.raw = verdict.lives_killed, verdict.raw
+        report.principals = len(court.book.principals)
         report.verdict = {**asdict(verdict), "differences": verdict.differences[:SHOWN_MAX]}
         report.verdict |= {"reconciled": verdict.reconciled, "differences_all": len(verdict.differences)}
-        report.faults = [*wrong, *kill_faults(killers, self.data), *self._shortfalls(verdict)]
+        report.faults = [*wrong, *self._shortfalls(verdict)]
         if not report.audit.get("ok"):
             report.faults.append(f"audit verify is red: {report.audit.get('faults') or report.audit}")
         report.ok = verdict.reconciled and not report.faults
@@ -288,9 +289,9 @@ class Campaign:
         report = self.report
         refused = Counter(report.raw)
         least = {
-            "events": (report.events, self.events),
-            "principals": (report.principals, 2_000),
-            "copies and duplicates": (verdict.duplicates, int(self.events * COPY_SHARE / 2)),
+            "events": (report.events, self.scale.events),
+            "principals": (report.principals, self.scale.accounts * self.scale.principals_each),
+            "copies and duplicates": (verdict.duplicates, int(self.scale.events * COPY_SHARE / 2)),
             "dead letters": (sum(verdict.dead_letters.values()), 40),
         }
         wrong = [
@@ -322,6 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=50_000, help="calls of emit()")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--whole", action="store_true", help="1,000 accounts, two replicas, and every part dies too")
     parser.add_argument("--data", type=Path, default=None, help="keep everything in this new folder")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -329,10 +331,14 @@ def main() -> int:
 
     def progress(line: str) -> None:
         sys.stderr.write(f"{time.monotonic() - began:6.1f} s  {line}\n")
+        sys.stderr.flush()
 
     with tempfile.TemporaryDirectory(prefix="prove-") as folder:
         data = arguments.data or Path(folder) / "data"
-        report = Campaign(data, arguments.seed, arguments.events, progress).run()
+        scale = (whole if arguments.whole else small)(arguments.events)
+        report = Campaign(data, arguments.seed, scale, progress).run()
+    report.driver_peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    report.seconds["all"] = round(time.monotonic() - began, 1)
     shown = asdict(report)
     print(json.dumps(shown) if arguments.json else "\n".join(f"{name}: {value}" for name, value in shown.items()))
     return 0 if report.ok else 1

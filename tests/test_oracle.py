@@ -12,7 +12,7 @@ from tests.load_poison import Forge, Raw, closed_hole, poisons, source_id, unseq
 from tests.oracle import Actual, judge
 from tests.oracle_book import DAY, HOUR, stripe_identifier, window_end, window_start
 from tests.oracle_fold import Oracle, Sequences
-from tests.oracle_journal import Journal, read_journal
+from tests.oracle_journal import Journal, JournalLines, check_journals
 from tests.oracle_paper import Paper, faithful
 from tests.oracle_wire import Refused, lane
 from tests.raw_writer import shuffled
@@ -118,7 +118,7 @@ def test_sequences_are_taken_once_in_any_order() -> None:
     for raw in [*closed_hole("acme", T0 * 1000), *unsequenced("acme", T0 * 1000, 9)]:
         wants[paper.raw(raw)] = raw.want
     book = folded(paper).book
-    assert {at: book.dead.get(at) or book.verdicts[at] for at in wants} == wants
+    assert {at: book.verdict(*at) for at in wants} == wants
     seen = Sequences()
     assert [seen.take(n) for n in (3, 1, 1, 2, 3, 4)] == [
         "accepted", "accepted", "duplicate", "accepted", "duplicate", "accepted",
@@ -150,7 +150,8 @@ def busy() -> tuple[Oracle, list[Journal], Actual, dict[tuple[int, int], bytes |
     paper = Paper(4, T0)
     for account, kind, body in opening(made):
         paper.command(account, kind, body)
-    journal, lanes = Journal("e0"), dict[int, int]()
+    lines: list[dict[str, Any]] = []
+    lanes = dict[int, int]()
     source = source_id(T0, 5)
     for number, call in enumerate(traffic(made, 7, "e0", 0, 2_000, 1)):
         paper.now_ms += 20
@@ -159,17 +160,17 @@ def busy() -> tuple[Oracle, list[Journal], Actual, dict[tuple[int, int], bytes |
         lanes[of] = lanes.get(of, 0) + 1
         forge = Forge(fields["account"], paper.now_ms * 1000)
         paper.raw(forge.raw("accepted", source=source, sequence=lanes[of], **fields))
-        journal.begun[f"e0.{number}"] = {"b": f"e0.{number}", "t": 0, "e": fields}
-        journal.returned[f"e0.{number}"] = {"s": source, "l": of, "q": lanes[of]}
-    raws = Journal("raw")
+        lines.append({"b": f"e0.{number}", "t": 0, "e": fields})
+        lines.append({"r": f"e0.{number}", "s": source, "l": of, "q": lanes[of]})
+    raws: list[dict[str, Any]] = []
     for raw in [*shuffled(made, 7, 100, paper.now_ms * 1000), Raw("empty", made.accounts[0].encode(), None)]:
         partition, offset = paper.raw(raw)
-        raws.begun[raw.tag] = {"raw": "test", "want": raw.want}
-        raws.returned[raw.tag] = {"p": partition, "o": offset}
+        raws.append({"b": raw.tag, "raw": "test", "want": raw.want})
+        raws.append({"r": raw.tag, "p": partition, "o": offset})
     paper.tick(30)
     oracle = folded(paper)
     original = {(record.partition, record.offset): record.value for record in paper.records}
-    return oracle, [journal, raws], faithful(oracle.book, original), original
+    return oracle, [Journal("e0", lines), Journal("raw", raws)], faithful(oracle.book, original), original
 
 
 def test_faithful_sides_are_reconciled(busy: Any) -> None:
@@ -191,10 +192,10 @@ FAULTS = {
     "redis doubled one unit": lambda actual: _shift(actual.redis, +1),
     "redis has a total of its own": lambda actual: actual.redis.__setitem__(("acme", "acct", "calls", "d", 0), 1),
     "redis misses a total": lambda actual: actual.redis.pop(next(key for key, units in actual.redis.items() if units)),
-    "clickhouse lost a row": lambda actual: actual.rows.pop(next(iter(actual.rows))),
-    "clickhouse has a row more": lambda actual: actual.rows.__setitem__((0, 10**6), next(iter(actual.rows.values()))),
-    "clickhouse changed a unit": lambda actual: next(iter(actual.rows.values()))["quantities"].update(calls=99),
-    "clickhouse sums differ": lambda actual: _shift(actual.totals, 1),
+    "clickhouse lost a row": lambda actual: actual.view.kept.pop(next(iter(actual.view.kept))),
+    "clickhouse has a row more": lambda actual: actual.view.kept.__setitem__((0, 10**6), next(iter(actual.view.kept.values()))),
+    "clickhouse changed a unit": lambda actual: next(iter(actual.view.kept.values()))["quantities"].update(calls=99),
+    "clickhouse sums differ": lambda actual: _shift(actual.view.sums, 1),
     "stripe lost an event": lambda actual: actual.stripe.pop(next(n for n, e in enumerate(actual.stripe) if e["value"])),
     "stripe doubled an event": lambda actual: actual.stripe.append({**actual.stripe[0], "identifier": "tw1_other"}),
     "stripe took one twice": lambda actual: actual.stripe.append(dict(actual.stripe[0])),
@@ -231,28 +232,40 @@ def test_one_lost_and_one_doubled_unit_do_not_cancel_out(busy: Any) -> None:
 def test_journals_catch_what_never_reached_the_log(busy: Any) -> None:
     """Returned and not in the log is lost; in the log and in no journal is invented; two open calls in one thread are too many."""
     oracle, (journal, raws), actual, original = busy
-    promised = deepcopy(journal)
-    promised.begun["e0.x"] = {"b": "e0.x", "t": 0, "e": {}}
-    promised.returned["e0.x"] = {"s": "0" * 32, "l": 0, "q": 1}
-    assert any("LOST" in line for line in judge(oracle.book, [promised, raws], actual, original).differences)
-    forgotten = deepcopy(journal)
-    del forgotten.begun["e0.0"]
-    assert any("INVENTED" in line for line in judge(oracle.book, [forgotten, raws], actual, original).differences)
-    open_ones = deepcopy(journal)
-    open_ones.begun |= {f"e0.{n}": {"b": f"e0.{n}", "t": 0, "e": {}} for n in ("y", "z")}
-    assert any("left 2 open" in line for line in judge(oracle.book, [open_ones, raws], actual, original).differences)
-    changed = deepcopy(journal)
-    changed.begun["e0.5"]["e"]["latency_us"] += 1
-    assert any("CHANGED" in line for line in judge(oracle.book, [changed, raws], actual, original).differences)
+
+    def told(lines: list[dict[str, Any]]) -> str:
+        return "\n".join(judge(oracle.book, [Journal("e0", lines), raws], actual, original).differences)
+
+    promised = [{"b": "e0.x", "t": 0, "e": {}}, {"r": "e0.x", "s": "0" * 32, "l": 0, "q": 1}]
+    assert "LOST" in told([*journal.lines, *promised])
+    assert "INVENTED" in told([line for line in journal.lines if "e0.0" not in line.values()])
+    assert "left 2 open" in told([*journal.lines, *({"b": f"e0.{n}", "t": 0, "e": {}} for n in ("y", "z"))])
+    changed = deepcopy(journal.lines)
+    next(line for line in changed if line.get("b") == "e0.5")["e"]["latency_us"] += 1
+    assert "CHANGED" in told(changed)
 
 
-def test_a_journal_cut_short_by_a_kill_is_read(tmp_path: Path) -> None:
+def test_lost_and_doubled_are_counted_apart(busy: Any) -> None:
+    """One unit lost in Redis, two doubled there, one row lost: each is told by its side and number."""
+    oracle, journals, actual, original = busy
+    planted = deepcopy(actual)
+    lost, doubled = [total for total in sorted(planted.redis) if total[1:4] == ("acct", "calls", "M")][:2]
+    planted.redis[lost] -= 1
+    planted.redis[doubled] += 2
+    planted.view.kept.popitem()
+    verdict = judge(oracle.book, journals, planted, original)
+    assert {side: n for side, n in verdict.lost.items() if n} == {"redis_units": 1, "clickhouse_rows": 1}
+    assert {side: n for side, n in verdict.doubled.items() if n} == {"redis_units": 2}
+
+
+def test_a_journal_cut_short_by_a_kill_is_read(busy: Any, tmp_path: Path) -> None:
     """The line that a kill −9 left half written never returned; all before it count."""
-    path = tmp_path / "e1.jsonl"
-    whole = [{"b": "e1.0", "t": 0, "e": {}}, {"r": "e1.0", "s": "s", "l": 1, "q": 1}, {"b": "e1.1", "t": 0, "e": {}}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"r": "e1.1", "s')
-    journal = read_journal(path)
-    assert (list(journal.begun), list(journal.returned), journal.ended) == (["e1.0", "e1.1"], ["e1.0"], False)
+    path = tmp_path / "e0.jsonl"
+    lines = busy[1][0].lines
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]) + json.dumps(lines[3])[:-5])
+    told = check_journals([Journal("e0", JournalLines(path))], busy[0].book)
+    assert (told.emitted, told.killed) == (1, 1)
+    assert all(line.startswith("INVENTED") for line in told.wrong)
 
 
 def test_a_closed_hole_cannot_be_filled() -> None:
