@@ -18,6 +18,7 @@ from tollway.streams.fold import Send
 from tollway.streams.hand import Work, take
 from tollway.streams.judge import judge_block, log_times
 from tollway.streams.seal import Seal, crossed, sealed_aside
+from tollway.streams.snapshot_copy import SnapshotCopies
 from tollway.streams.state import PartitionState
 
 PARTS: dict[str, Any] = {"audit": Audit}
@@ -61,10 +62,18 @@ class AuditFold:
     group, topic, ticks, fencing = "audit", USAGE.name, True, None
 
     def __init__(
-        self, epoch: str, partitions: int, public_key: str, audit: Think, store: AuditStore, failpoints: Failpoints
+        self,
+        epoch: str,
+        partitions: int,
+        public_key: str,
+        audit: Think,
+        store: AuditStore,
+        failpoints: Failpoints,
+        copies: SnapshotCopies | None = None,
     ) -> None:
+        """`copies`: who brings sealed snapshots to ClickHouse, beside this fold."""
         self._epoch, self._partitions, self._public_key = epoch, partitions, public_key
-        self._audit, self._store, self._fail = audit, store, failpoints
+        self._audit, self._store, self._fail, self._copies = audit, store, failpoints, copies
         self._cutters: dict[int, tuple[int, int, BlockCutter, list[int]]] = {}
 
     def load(self, partition: int, state: dict[str, Any]) -> PartitionState:
@@ -75,10 +84,14 @@ class AuditFold:
         return loaded
 
     async def assigned(self, states: dict[int, PartitionState]) -> None:
-        """Nothing to show."""
+        """Snapshots that nobody has copied yet are looked for."""
+        if self._copies is not None:
+            self._copies.assigned(states)
 
     async def revoked(self, partitions: list[int]) -> None:
         """Forget where the fetched records were cut."""
+        if self._copies is not None:
+            self._copies.revoked(partitions)
         for partition in partitions:
             self._cutters.pop(partition, None)
 
@@ -128,6 +141,8 @@ class AuditFold:
         for taken in effects:
             for seal in taken.seals:
                 await send(seal.messages())
+            if taken.seals and self._copies is not None:
+                self._copies.sealed({seal.partition for seal in taken.seals})
 
     def settled(self, partition: int, state: PartitionState) -> None:
         """Nothing to show."""

@@ -168,6 +168,10 @@ class Billing:
                 units[meter] = units.get(meter, 0) + found.units
         return waiting
 
+    def last_n(self) -> dict[str, int]:
+        """account → n of its newest meter event."""
+        return dict(self._last_n)
+
     def dump(self) -> dict[str, Any]:
         """The state, as msgpack takes it, in one order whatever the history: columns of the sums, sorted by key."""
         keys = sorted(self._sums)

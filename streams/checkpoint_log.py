@@ -28,7 +28,8 @@ class Newest:
         raise Refused(
             f"group {group} has no valid checkpoint for partition {partition} of log {self.epoch}"
             + (f", only of {', '.join(sorted(others))}: this is another log than the checkpoint's" if others else "")
-            + ": run `tollway topics create` for a new log; an old one needs its checkpoints topic restored"
+            + ": both slots are damaged or lost; stop the workers and run `tollway rebuild checkpoints`, or for a new log "
+            "`tollway topics create`"
         )
 
 

@@ -8,7 +8,7 @@ import typer
 
 from tollway.connectors.errors import Refused, TollwayError
 from tollway.schemas.evolution import SchemaError
-from tollway.streams import cli_accounts, cli_control, cli_looks, cli_setup
+from tollway.streams import cli_accounts, cli_control, cli_looks, cli_rebuild, cli_setup
 from tollway.streams.cli_words import Data, Json, read_settings
 
 app = typer.Typer(
@@ -68,6 +68,7 @@ app.add_typer(cli_setup.app)
 app.add_typer(cli_control.app)
 app.add_typer(cli_accounts.app)
 app.add_typer(cli_looks.app)
+app.add_typer(cli_rebuild.app)
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from tollway.streams.totals import packed as pack_buffer
 from tollway.streams.totals import unpacked as unpack_buffer
 
 FORMAT = 1
+GROUPS = ("accounts", "audit")
+"""Groups whose state is a function of the log. Group stripe's is not: it has no sealed snapshots."""
 KEPT = 14
 """Sealed snapshots of a group and partition that stay in Kafka: each new one deletes the one so many days before it. ClickHouse
 keeps copies; one that was not copied in time is given up, and the log gives the same again."""

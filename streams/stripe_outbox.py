@@ -302,6 +302,11 @@ class Outbox:
     def pending(self) -> int:
         return self._pending
 
+    @property
+    def event_names(self) -> set[str]:
+        """Of all that is pending."""
+        return {event_name for _, event_name in self._queues}
+
     def dump(self) -> dict[str, Any]:
         """The state, as msgpack takes it."""
         return {
@@ -311,6 +316,21 @@ class Outbox:
             "pending": [_packed(item) for queue in self._queues.values() for item in queue],
             "dead": [[_packed(item), reason] for item, reason in self._dead],
         }
+
+    @classmethod
+    def recovered(
+        cls,
+        epoch: str,
+        taken: dict[str, int],
+        delivered: dict[tuple[str, str], tuple[int, int]],
+        items: Iterable[Item],
+    ) -> "Outbox":
+        """One that knows only what the topic tells: account → newest n, what counts as delivered, and what is in doubt."""
+        outbox = cls()
+        outbox.epoch, outbox._taken, outbox._delivered = epoch, dict(taken), dict(delivered)
+        for item in items:
+            outbox._queue(item)
+        return outbox
 
     @classmethod
     def load(cls, state: dict[str, Any]) -> "Outbox":

@@ -10,10 +10,12 @@ from tollway.connectors.clickhouse import AuditStore
 from tollway.connectors.errors import Unavailable
 from tollway.connectors.kafka import Admin
 from tollway.connectors.redis import connect
+from tollway.connectors.snapshots import SnapshotStore
 from tollway.connectors.stripe import StripePort
 from tollway.streams.bindings_view import BindingsView
 from tollway.streams.quota_view import QuotaView
 from tollway.streams.settings import Settings
+from tollway.streams.snapshot_copy import SnapshotCopies
 from tollway.streams.views import Views
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Parts:
         self._bindings: BindingsView | None = None
         self._store: AuditStore | None = None
         self._stripe: StripePort | None = None
+        self._copies: SnapshotCopies | None = None
 
     async def views(self, epoch: str, partitions: int) -> Views:
         """The Redis views of quota totals and of bindings, their tasks running."""
@@ -75,6 +78,13 @@ class Parts:
             log.warning("%s: blocks wait until it is back", error)
         return self._store
 
+    def snapshot_copies(self, epoch: str, store: AuditStore) -> SnapshotCopies:
+        """Brings sealed snapshots to ClickHouse, its task running."""
+        settings = self._settings
+        self._copies = SnapshotCopies(settings.kafka_bootstrap, settings.kafka_security(), SnapshotStore(store), epoch)
+        self._copies.start()
+        return self._copies
+
     async def stripe(self) -> StripePort:
         """The rail."""
         self._stripe = stripe_port(self._settings)
@@ -84,6 +94,7 @@ class Parts:
         """name → reader of figures for the health answer."""
         return {
             "view": lambda: self._view.stats() if self._view else {},
+            "snapshots": lambda: self._copies.stats() if self._copies else {},
             "bindings": lambda: self._bindings.stats() if self._bindings else {},
         }
 
@@ -92,6 +103,8 @@ class Parts:
         for view in (self._view, self._bindings):
             if view is not None:
                 await view.close()
+        if self._copies is not None:
+            await self._copies.close()
         if self._store is not None:
             self._store.close()
         if self._stripe is not None:
