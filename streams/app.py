@@ -133,7 +133,8 @@ class Host:
             return AccountsFold(epoch, partitions, key, Hand(self.quota), Hand(self.billing), view, failpoints)
         if group == "audit":
             store = await parts.audit_store()
-            return AuditFold(epoch, partitions, public_key_of(settings), Hand(self.audit), store, failpoints)
+            key, copies = public_key_of(settings), parts.snapshot_copies(epoch, store)
+            return AuditFold(epoch, partitions, key, Hand(self.audit), store, failpoints, copies)
         return StripeFold(epoch, Hand(self.stripe), await parts.stripe(), settings, failpoints)
 
 
