@@ -174,7 +174,8 @@ async def _exchange(client: Redis, calls: Sequence[bytes]) -> list[Any]:
 async def read_quota(client: Redis, account: str) -> dict[str, Any]:
     """What gates see of an account: lane and its state, policy, and totals by scope, meter, window and start.
 
-    `staleness_ms` = Redis' clock − the lane's log time; null where the lane has none. Raises Unavailable.
+    `staleness_ms` = Redis' clock − the lane's log time; null where the lane has none. `state` is READY only where the lane was
+    READY, and the same, before and after its totals were read: a zero that a flush has left is COLD. Raises Unavailable.
     """
     number = lane(account)
     prefix = tag(number)
@@ -183,13 +184,15 @@ async def read_quota(client: Redis, account: str) -> dict[str, Any]:
         meta = _texts(await client.hgetall(f"{prefix}m"))
         policy = _texts(await client.hgetall(f"{prefix}p:{account}"))
         scopes = await _scopes(client, f"{prefix}s:{account}~")
+        after = _texts(await client.hgetall(f"{prefix}m"))
     except (RedisError, OSError) as error:
         raise Unavailable(f"Redis does not answer: {error}") from error
+    same = [meta.get(name) == after.get(name) for name in ("epoch", "gen", "state")]
     log_ms = int(meta["log"]) if meta.get("log") else None
     return {
         "account": account,
         "lane": number,
-        "state": meta.get("state", "COLD"),
+        "state": meta.get("state", "COLD") if all(same) else "COLD",
         "epoch": meta.get("epoch"),
         "offset": int(meta["off"]) if "off" in meta else None,
         "log_time_ms": log_ms,

@@ -196,6 +196,10 @@ class AccountsFold:
         """Only behind log.open."""
         return state.directory.config is not None
 
+    def problems(self) -> dict[int, str]:
+        """None: effects that are not taken hold the turn."""
+        return {}
+
     def stats(self, state: PartitionState) -> dict[str, Any]:
         """For `tollway status`."""
         return {

@@ -154,6 +154,10 @@ class AuditFold:
         """Only behind log.open."""
         return state.directory.config is not None
 
+    def problems(self) -> dict[int, str]:
+        """None: effects that are not taken hold the turn."""
+        return {}
+
     def stats(self, state: PartitionState) -> dict[str, Any]:
         """For `tollway status` and `audit verify`."""
         return {**judged_stats(state), "chain": state.parts["audit"].chain.hex(), "blocks": state.parts["audit"].blocks}

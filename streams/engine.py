@@ -110,14 +110,13 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def health(self) -> dict[str, Any]:
         """Red with reasons where a partition is stopped or effects are not acknowledged; green otherwise."""
-        reasons = {str(number): owned.stopped for number, owned in self.owned.items() if owned.stopped}
+        reasons = {str(number): problem for number, problem in self.fold.problems().items()}
+        reasons |= {str(number): owned.stopped for number, owned in self.owned.items() if owned.stopped}
         if not self.joined:
             reasons["group"] = "not joined yet"
-        waits = self.waiting.shown(self._clock_ms())
-        if waits and waits["for_s"] >= BLOCKED_RED_S:
+        if (waits := self.waiting.shown(self._clock_ms())) and waits["for_s"] >= BLOCKED_RED_S:
             reasons["effects"] = waits["reason"]
-        large = [number for number, owned in self.owned.items() if owned.size > checkpoint.RED_BYTES]
-        if large:
+        if large := [number for number, owned in self.owned.items() if owned.size > checkpoint.RED_BYTES]:
             reasons["checkpoint"] = f"partitions {large} keep more than {checkpoint.RED_BYTES} bytes: grow the log"
         return {
             "group": self.fold.group,

@@ -48,6 +48,9 @@ class Fold(Protocol):
     def may_tick(self, state: Any) -> bool:
         """Whether an idle partition with nothing fetched gets a tick."""
 
+    def problems(self) -> dict[int, str]:
+        """Partition → why its effects stand still although it is folded; for health."""
+
     def stats(self, state: Any) -> dict[str, Any]:
         """Small figures for `tollway status`, carried in the checkpoint's header."""
 

@@ -77,6 +77,11 @@ class View:
             if found.phase is Phase.LIVE:
                 found.phase, found.expect = Phase.REFRESH, None
 
+    def ask_again(self) -> None:
+        """Redis was away and may be another by now: each lane is told something, and so asked, in the next turn."""
+        for found in self.lanes.values():
+            found.log_ms = -1
+
     @property
     def current(self) -> bool:
         """Whether the totals are those of the noted offset."""

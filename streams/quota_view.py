@@ -47,6 +47,7 @@ class QuotaView:
         self._views: dict[int, View] = {}
         self._figures: Figures = Counter()
         self._error: str | None = None
+        self._failing_since_ms: int | None = None
         self._checked = False
         self._flying = self._closed = False
         self._news, self._turned = asyncio.Event(), asyncio.Event()
@@ -131,6 +132,7 @@ class QuotaView:
         return {
             **self._figures,
             "error": self._error or (OTHER_LOG if phases[Phase.HALTED] else None),
+            "failing_since_ms": self._failing_since_ms,
             "dirty": dirty.total(),
             "lanes": {str(phase): count for phase, count in phases.items()},
             "lag": {
@@ -150,7 +152,7 @@ class QuotaView:
             started = time.monotonic()
             try:
                 await self._turn()
-                retry_s, self._error = RETRY_FIRST_S, None
+                retry_s, self._error, self._failing_since_ms = RETRY_FIRST_S, None, None
             except Exception as error:  # noqa: BLE001 - the view must outlive anything; it is red meanwhile, and retries
                 self._failed(error)
                 await asyncio.sleep(retry_s)
@@ -178,12 +180,16 @@ class QuotaView:
         text = str(error) or type(error).__name__
         self._checked = False
         self._figures["failures"] += 1
+        if self._failing_since_ms is None:
+            self._failing_since_ms = time.time_ns() // 1_000_000
         if text != self._error:
             self._error = text
             log.warning("quota view: %s; retrying", text, exc_info=None if isinstance(error, TollwayError) else error)
         if not isinstance(error, TollwayError):
             for view in self._views.values():  # what was taken when it failed is not known
                 view.refresh()
+        for view in self._views.values():
+            view.ask_again()
 
     async def _check(self) -> None:
         if not self._checked:

@@ -68,6 +68,7 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
             refused[reason] = refused.get(reason, 0) + count
     return {
         "lag": sum(row["lag"] for row in rows),
+        "standing_s": max((row.get("checkpoint_age_s", 0) for row in rows if row["lag"]), default=0),
         "missing": sum(row.get("missing", 0) for row in rows),
         "duplicates": sum(row.get("duplicates", 0) for row in rows),
         "refused": refused,

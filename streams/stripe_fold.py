@@ -14,10 +14,10 @@ from typing import Any, cast
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, ProducerFenced
 
-from tollway.connectors.errors import Fatal
+from tollway.connectors.errors import Fatal, Refused, Unavailable
 from tollway.connectors.kafka import started_producer
 from tollway.connectors.meter_events import meter_events_since
-from tollway.connectors.stripe import StripePort
+from tollway.connectors.stripe import StripePort, meter_fault
 from tollway.schemas import codec
 from tollway.schemas.meter_event import MeterEvent
 from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS
@@ -33,6 +33,11 @@ TRANSACTION_TIMEOUT_MS = 10_000
 """A worker that died in a transaction holds back readers of committed records for this long at most."""
 
 IDLE_S = 3600
+FOREVER_S = 1 << 62
+DOUBT_RED_S = 300
+"""A meter event that Stripe has not answered for so long makes its partition red."""
+CHECK_AGAIN_S = 10
+"""A meter that is not sound, or a Stripe that cannot be asked, is looked at again after so long."""
 TEST_KEYS = ("sk_test_", "rk_test_")
 
 Think = Callable[[Any], Awaitable[Any]]
@@ -45,7 +50,8 @@ class StripeState:
     partition: int
     next_offset: int
     sender: Sender
-    due_at: float = 0.0
+    due_s: int = 0
+    """When its sender has something to do again, by the clock that stamps attempts."""
 
     def dump(self) -> dict[str, Any]:
         """As msgpack takes it."""
@@ -82,10 +88,24 @@ class StripeFold:
 
     group, topic, ticks = "stripe", METER_EVENTS.name, False
 
-    def __init__(self, epoch: str, stripe: Think, port: StripePort, settings: Settings, failpoints: Failpoints) -> None:
+    def __init__(
+        self,
+        epoch: str,
+        stripe: Think,
+        port: StripePort,
+        settings: Settings,
+        failpoints: Failpoints,
+        clock_s: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
         self._epoch, self._stripe, self._port, self._fail = epoch, stripe, port, failpoints
-        self._settings = settings
+        self._settings, self._clock_s = settings, clock_s
         self._meters: set[str] = set()
+        """Event names of meters that were found sound."""
+        self._faults: dict[str, str] = {}
+        """Event name → why nothing is sent to it."""
+        self._states: dict[int, StripeState] = {}
+        self._held: dict[int, str] = {}
+        """Partition → why its sender stands still."""
         self._producers: dict[int, AIOKafkaProducer] = {}
         self._save: Callable[[int], Awaitable[None]] | None = None
         self.fencing = self
@@ -140,7 +160,7 @@ class StripeFold:
             Outbox.load(state["sender"]),
             self._port,
             save,
-            lambda: int(time.time()),
+            self._clock_s,
             history=history,
             rng=random.Random(),
         )
@@ -152,6 +172,8 @@ class StripeFold:
     async def revoked(self, partitions: list[int]) -> None:
         """Stop writing for them."""
         for number in partitions:
+            self._held.pop(number, None)
+            self._states.pop(number, None)
             await self._drop(number)
 
     def ready(self, state: StripeState, stash: list[ConsumerRecord]) -> int:
@@ -161,18 +183,21 @@ class StripeFold:
     async def take(self, state: StripeState, records: Records) -> None:
         """Into the sender's state, with the offset behind them."""
         events = [cast(MeterEvent, codec.decode(value)[1]) for value in records.values if value]
-        await self._check_meters({event["event_name"] for event in events})
         await self._stripe(MeterEvents(state, events))
         state.next_offset = int(records.offsets[-1]) + 1
-        state.due_at = 0.0
+        state.due_s = 0
 
     async def _check_meters(self, names: set[str]) -> None:
-        """Stop the partition, red, before units go into a meter that would not add them up (formula, window, mode)."""
-        new = names - self._meters
-        if new:
-            key = self._settings.stripe_key.get_secret_value()
-            await self._port.check_meters(new, live=not key.startswith(TEST_KEYS))
-            self._meters |= new
+        """Look, once in a process, whether meters add up what is sent to them (formula, window, mode)."""
+        key = self._settings.stripe_key.get_secret_value()
+        try:
+            found = await self._port.meters()
+        except (Unavailable, Refused) as error:
+            self._faults = dict.fromkeys(names, str(error))
+            return
+        told = {name: meter_fault(found.get(name), not key.startswith(TEST_KEYS)) for name in names}
+        self._faults = {name: f"Stripe's meter {name}: {fault}" for name, fault in told.items() if fault}
+        self._meters |= names - self._faults.keys()
 
     async def settle(self, effects: list[None], send: Send) -> None:
         """Effects are calls, made in `tend` once their attempts are on record."""
@@ -182,25 +207,44 @@ class StripeFold:
 
     async def tend(self, states: dict[int, StripeState]) -> None:
         """A round of every sender that has something due."""
-        now = time.monotonic()
-        due = [state for state in states.values() if state.due_at <= now]
+        self._states = states
+        now_s = self._clock_s()
+        due = [state for state in states.values() if state.due_s <= now_s]
+        unknown = set[str]().union(*(state.sender.outbox.event_names for state in due)) - self._meters
+        if unknown:
+            await self._check_meters(unknown)
         await asyncio.gather(*(self._drive(state) for state in due))
 
     async def _drive(self, state: StripeState) -> None:
+        faults = [self._faults[name] for name in sorted(state.sender.outbox.event_names - self._meters)]
+        if faults:
+            self._held[state.partition], state.due_s = faults[0], self._clock_s() + CHECK_AGAIN_S
+            return
+        self._held.pop(state.partition, None)
         wait_s = await state.sender.drive()
         self._fail.hit("stripe.after_calls")
         if state.sender.outbox.changed:
             wait_s = 0  # the next round puts what came of this one on record
-        state.due_at = time.monotonic() + (wait_s if wait_s is not None else IDLE_S)
+        state.due_s = self._clock_s() + (wait_s if wait_s is not None else IDLE_S)
 
     def may_tick(self, state: StripeState) -> bool:
         """Ticks are of the log, not of its effects."""
         return False
 
+    def problems(self) -> dict[int, str]:
+        """Senders that stand still before units go into a meter that would not add them up, or that Stripe does not answer."""
+        now_s, found = self._clock_s(), dict[int, str]()
+        for number, state in self._states.items():
+            since_s = min(_doubts(state), default=now_s)
+            if now_s - since_s >= DOUBT_RED_S:
+                found[number] = f"Stripe has left a meter event in doubt for {now_s - since_s} s: it is asked again"
+        return found | self._held
+
     def stats(self, state: StripeState) -> dict[str, Any]:
         """For `tollway status`."""
-        found = state.sender.status()
-        return {name: len(found[name]) for name in ("pending", "alarms", "dead")}
+        found, doubts = state.sender.status(), _doubts(state)
+        counts = {name: len(found[name]) for name in ("pending", "alarms", "dead")}
+        return {**counts, "in_doubt": len(doubts), "in_doubt_since_s": min(doubts, default=None)}
 
     async def _drop(self, number: int) -> None:
         producer = self._producers.pop(number, None)
@@ -209,3 +253,9 @@ class StripeFold:
                 await asyncio.wait_for(producer.stop(), 2)
             except (KafkaError, TimeoutError):
                 return  # fenced or cut off: its successor has taken over
+
+
+def _doubts(state: StripeState) -> list[int]:
+    """Since when each meter event in doubt is so; only the first of a pair ever is."""
+    heads = state.sender.outbox.due(FOREVER_S, PENDING_MAX)
+    return [item.doubt_since_s for item in heads if item.doubt_since_s is not None]

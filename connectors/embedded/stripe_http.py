@@ -225,6 +225,7 @@ def api_routes(server: Server) -> Iterable[web.RouteDef]:
 
     async def summaries(request: web.Request) -> web.Response:
         params = form(request.query_string)
+        server.counters["summaries"] += 1
         found = state.summaries(request.match_info["id"], params, now_s(), server.settings["summary_delay_s"])
         return _answer(page(found, params, request.path))
 
