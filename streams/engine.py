@@ -16,13 +16,14 @@ from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionE
 
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.connectors.kafka import started_producer
-from tollway.schemas.topics import CHECKPOINTS, TICK_KEY
+from tollway.schemas.topics import CHECKPOINTS, TICK_KEY, USAGE
 from tollway.streams import checkpoint
 from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.failpoint import Failpoints
 from tollway.streams.fold import Fold, Message
 from tollway.streams.owned import RETRY_FIRST_S, Owned, as_records
-from tollway.streams.state import FOLD_VERSION
+from tollway.streams.same_log import SameLog
+from tollway.streams.ticks import Ticks
 from tollway.streams.waiting import Waiting
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class EngineConfig:
     partitions: int
     instance_id: str
     security: dict[str, Any] = field(default_factory=dict)
+    admin_security: dict[str, Any] = field(default_factory=dict)
     pace_ms: int = 100
     session_timeout_ms: int = 6_000
     max_poll_interval_ms: int = 300_000
@@ -78,7 +80,9 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self._changed = asyncio.Event()
         self._turn: asyncio.Task[None] | None = None
         self._fatal: BaseException | None = None
-        self._last_tick: dict[int, float] = {}
+        self._ticks = Ticks(config.tick_idle_s)
+        of_log = config.epoch.partition("-")[2] if fold.topic == USAGE.name else None
+        self._log = SameLog(config.bootstrap, config.admin_security, fold.topic, of_log)
         self.consumer: AIOKafkaConsumer | None = None
         self.producer: AIOKafkaProducer | None = None
         if fold.fencing is not None:
@@ -160,6 +164,10 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         except NoOffsetForPartitionError:
             return  # assigned, not sought yet: the listener is on its way
         except OffsetOutOfRangeError as error:
+            try:
+                await self._log.confirm()
+            except Unavailable:
+                return  # asked again: this error comes with every call
             for tp, offset in error.args[0].items():
                 self._halt(
                     tp.partition,
@@ -176,10 +184,10 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         if owned is None or owned.stopped or not records:
             return
         assert self.consumer is not None
+        if max(record.timestamp for record in records) > self._clock_ms() + CLOCK_AHEAD_MAX_S * 1000:
+            raise Fatal("the broker's clock is more than 5 minutes ahead of this worker's: set the clocks")
         if not owned.put(records, time.monotonic()):
             self.consumer.seek(tp, owned.fetch_next)
-        elif records[-1].timestamp > self._clock_ms() + CLOCK_AHEAD_MAX_S * 1000:
-            self._fatal = Fatal("the broker's clock is more than 5 minutes ahead of this worker's: set the clocks")
 
     def _flow(self) -> None:
         """Pause what is full or stopped, resume what is not: getmany goes on either way."""
@@ -254,6 +262,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self.waiting.sent()
         while True:
             try:
+                await self._log.confirm()
                 await self.fold.settle(effects, self.send)
             except Unavailable as error:
                 self._block(error)
@@ -310,18 +319,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         owned = self.owned[number]
         self.fail.hit(f"{self.fold.group}.before_checkpoint")
         owned.turn += 1
-        records = checkpoint.encode(
-            group=self.fold.group,
-            epoch=self.config.epoch,
-            partition=number,
-            slot=owned.slot,
-            next_offset=owned.state.next_offset,
-            turn=owned.turn,
-            written_ms=self._clock_ms(),
-            fold_version=FOLD_VERSION,
-            stats=self.fold.stats(owned.state),
-            state=owned.state.dump(),
-        )
+        stats = self.fold.stats(owned.state)
+        records = owned.checkpoint(self.fold.group, self.config.epoch, number, self._clock_ms(), stats)
         owned.size = sum(len(value) for _, value in records)
         offset = owned.state.next_offset
         await self.write_checkpoint(number, records)
@@ -372,20 +371,10 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("%s: offset of partition %d not committed: %r", self.fold.group, number, error)
 
     async def _tick(self) -> None:
-        if not self.fold.ticks:
-            return
         now = time.monotonic()
-        idle = [
-            number
-            for number, owned in self.owned.items()
-            if not owned.stopped
-            and not owned.paused
-            and now - max(owned.heard_at, self._last_tick.get(number, 0.0)) >= self.config.tick_idle_s
-            and (owned.stash or self.fold.may_tick(owned.state))
-        ]
-        if idle:
+        if idle := self._ticks.due(self.fold, self.owned, now):
             await self.send([(self.fold.topic, number, TICK_KEY, None, ()) for number in idle])
-            self._last_tick.update(dict.fromkeys(idle, now))
+            self._ticks.sent(idle, now)
 
     # -- assignment --------------------------------------------------------------------------------------------------
 
@@ -448,6 +437,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 state=state,
                 slot=(loaded.slot + 1) % checkpoint.SLOTS,
                 turn=loaded.turn,
+                generation=loaded.generation,
                 due_at=now + stagger_s,
                 fetch_next=state.next_offset,
                 checkpointed=state.next_offset,
@@ -455,6 +445,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 size=loaded.size,
             )
             self.consumer.seek(TopicPartition(self.fold.topic, number), state.next_offset)
+        await self._log.confirm()
 
     def _count_loss(self) -> None:
         """aiokafka does not notice a twin with our instance id: they steal from each other for ever."""

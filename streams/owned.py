@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from aiokafka import ConsumerRecord
 
+from tollway.streams import checkpoint
 from tollway.streams.batch import Records
+from tollway.streams.state import FOLD_VERSION
 
 STASH_RECORDS_MAX = 40_000
 STASH_BYTES_MAX = 24 * 1024 * 1024
@@ -23,6 +25,8 @@ class Owned:
     slot: int
     """Of the next checkpoint."""
     turn: int
+    generation: int
+    """Of the checkpoint that was loaded: of its rebuilds."""
     due_at: float
     """When the next checkpoint is."""
     fetch_next: int
@@ -68,6 +72,24 @@ class Owned:
         del self.stash[:count]
         self.since += count
         self.retry_s = RETRY_FIRST_S
+
+    def checkpoint(
+        self, group: str, epoch: str, number: int, written_ms: int, stats: dict[str, Any]
+    ) -> list[tuple[bytes, bytes]]:
+        """The state's records, for the slot that is next."""
+        return checkpoint.encode(
+            group=group,
+            epoch=epoch,
+            partition=number,
+            slot=self.slot,
+            next_offset=self.state.next_offset,
+            turn=self.turn,
+            written_ms=written_ms,
+            fold_version=FOLD_VERSION,
+            stats=stats,
+            state=self.state.dump(),
+            generation=self.generation,
+        )
 
     def stop(self, reason: str, now: float, *, final: bool) -> None:
         """Go on no more; what was fetched is fetched again after a retry."""

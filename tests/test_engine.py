@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from tests.records import source, usage
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.embedded.kafka import KafkaBroker
-from tollway.connectors.errors import Refused
+from tollway.connectors.errors import Fatal, Refused
 from tollway.connectors.kafka import Admin, ends, epoch_of, read_newest, started_producer
 from tollway.schemas import codec
 from tollway.schemas.lane import lane
@@ -76,7 +78,7 @@ class Log:
             USAGE.name, codec.encode("UsageEvent", event), key=event["account"].encode(), partition=partition
         )
 
-    def engine(self, view: Shown, **config: Any) -> Engine:
+    def engine(self, view: Shown, clock_ms: Callable[[], int] | None = None, **config: Any) -> Engine:
         """Group accounts over this log."""
         key = Signer.read(self.settings.data / "control.key").public_key
         fold = AccountsFold(self.epoch, PARTITIONS, key, direct(think_quota), direct(think_billing), view, Failpoints())
@@ -91,6 +93,7 @@ class Log:
             fold,
             EngineConfig(self.settings.kafka_bootstrap, given.pop("epoch", self.epoch), PARTITIONS, **given),
             Failpoints(),
+            *([clock_ms] if clock_ms else []),
         )
 
     async def end(self, partition: int) -> int:
@@ -262,3 +265,69 @@ async def test_one_partition_stops_red_and_the_others_go_on(log: Log) -> None:
         assert "deploy workers before emitters" in health["reasons"]["2"]
         await log.emit(3, 9)
         await until(lambda: shown.offsets.get(3) == ends[3] + 1)
+
+
+async def test_a_clock_that_is_far_ahead_stops_the_worker_before_anything_is_folded(log: Log) -> None:
+    """More than 5 minutes between the broker's clock and the worker's: the worker ends, and no window closes early."""
+    await log.emit(0, 21)
+    letters, bills = await log.values(DEAD_LETTERS.name), await log.values(METER_EVENTS.name)
+    shown = Shown()
+    behind = log.engine(shown, clock_ms=lambda: time.time_ns() // 1_000_000 - 301_000)
+    with pytest.raises(Fatal, match="clock is more than 5 minutes ahead"):
+        await behind.work()
+    assert shown.offsets == {}
+    assert (await log.values(DEAD_LETTERS.name), await log.values(METER_EVENTS.name)) == (letters, bills)
+    near = log.engine(shown, clock_ms=lambda: time.time_ns() // 1_000_000 - 290_000)
+    async with running(near):
+        end = await log.end(0)
+        await until(lambda: shown.offsets.get(0) == end)
+
+
+async def test_an_offset_that_the_log_no_longer_has_stops_its_partition_for_good(log: Log) -> None:
+    """Trimmed beyond the checkpoint: red with the reason, never a jump; the other partitions go on."""
+    for sequence in range(31, 34):
+        await log.emit(1, sequence)
+    end = await log.end(1)
+    client = AdminClient({"bootstrap.servers": log.settings.kafka_bootstrap, "log_level": 0})
+    for future in client.delete_records([TopicPartition(USAGE.name, 1, end)]).values():
+        future.result(30)
+    await log.emit(1, 34)
+    await log.emit(0, 31)
+    other = await log.end(0)
+    engine = log.engine(shown := Shown())
+    async with running(engine):
+        await until(lambda: shown.offsets.get(0) == other and engine.owned[1].stopped is not None)
+        before = engine.owned[1].state.next_offset
+        assert "never jump" in engine.health()["reasons"]["1"]
+        await log.emit(0, 32)
+        await until(lambda: shown.offsets.get(0) == other + 1)
+        assert (engine.owned[1].state.next_offset, engine.owned[1].final) == (before, True)
+
+
+async def test_a_topic_made_anew_while_it_is_read_stops_the_worker(settings: Settings, log: Log) -> None:
+    """The same name, another id, as many records and more: nothing of the new log is folded into the old one's state."""
+    account = log.account(3)
+    await log.emit(3, 41)
+    engine = log.engine(shown := Shown())
+    end = await log.end(3)
+    work = asyncio.create_task(engine.work())
+    await until(lambda: shown.offsets.get(3) == end)
+    counted = used(engine.owned[3].state, account)
+    client = AdminClient({"bootstrap.servers": settings.kafka_bootstrap, "log_level": 0})
+    client.delete_topics([USAGE.name])[USAGE.name].result(30)
+    admin = Admin(settings.kafka_bootstrap)
+    async with asyncio.timeout(DEADLINE_S):
+        while USAGE.name in await admin.topics():
+            await asyncio.sleep(0.05)
+    await admin.create(PARTITIONS, 1)
+    writer = await started_producer(settings.kafka_bootstrap, {})
+    for sequence in range(100, 101 + end):
+        event = usage(at_ms=time.time_ns() // 1_000_000, account=account, source=log.source, sequence=sequence)
+        await writer.send_and_wait(USAGE.name, codec.encode("UsageEvent", event), key=account.encode(), partition=3)
+    await writer.stop()
+    with pytest.raises((Fatal, Refused), match="deleted and made anew"):
+        await asyncio.wait_for(work, DEADLINE_S)
+    assert shown.offsets[3] == end
+    with pytest.raises(Refused, match="another log than the checkpoint's"):
+        await log.engine(Shown(), epoch=epoch_of(await admin.topic_id(USAGE.name))).work()
+    assert counted
