@@ -7,13 +7,13 @@ import hashlib
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
-from tollway.connectors.call import Call, Count
+from tollway.connectors.call import Amounts, Call, Count
 from tollway.connectors.context import Origin, origin_from, within
 from tollway.connectors.denied import MEDIA_TYPE, Denied
 from tollway.connectors.errors import Refused
 from tollway.connectors.identity import Identity, problem
 from tollway.connectors.meter import Meter
-from tollway.connectors.principal import Principal
+from tollway.connectors.principal import SCOPE_KEY, Principal
 from tollway.connectors.routes import UNMATCHED, Routes, operation_of
 
 Scope = MutableMapping[str, Any]
@@ -21,10 +21,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Amounts = Mapping[str, int | tuple[int, int]]
 
-PRINCIPAL = "tollway.principal"
-"""Key of the ASGI scope: the principal that was identified."""
 CALL = "tollway.call"
 """Key of the ASGI scope: the call, as `current_call()` gives it."""
 
@@ -95,7 +92,7 @@ class MeterMiddleware:
                 call.principal = await self.identity.identify(authorization_of(scope))
             except Denied as denied:
                 raise self.meter.refuse(call, denied) from denied
-            scope[PRINCIPAL] = call.principal
+            scope[SCOPE_KEY] = call.principal
         elif self.principal is not None and self.meter.gate is not None:
             call.principal = self.principal(scope)
         if self._refusals_only:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tollway.connectors.meter import Meter
 
 T = TypeVar("T")
+Amounts = Mapping[str, int | tuple[int, int]]
+"""Meter → units, or (ask, least): up to `ask`, not below `least`."""
 Count = Callable[[Any], Mapping[str, int]]
 """A result, or one item of a stream → what it used."""
 
@@ -38,7 +40,7 @@ class Call:
         operation: str,
         surface: str,
         principal: Principal | None,
-        ask: Mapping[str, int | tuple[int, int]] | None,
+        ask: Amounts | None,
         fields: dict[str, Any],
     ) -> None:
         self.meter, self.operation, self.surface, self.principal = meter, operation, surface, principal

@@ -81,20 +81,7 @@ class Bearer:
             if self._anonymous is None:
                 raise self._unauthorized("no_token")
             return self._anonymous
-        return await self.principal(await self.claims(token.strip()))
-
-    async def principal(self, claims: Claims) -> Principal:
-        """Who the directory says it is. Raises Denied: 403, 503."""
-        try:
-            found = self.directory(claims)
-            known = await found if inspect.isawaitable(found) else found
-        except Unavailable as error:
-            raise unavailable("directory", str(error)) from error
-        if known is None:
-            raise Denied(
-                403, problem(403, "Nobody here", "The token is valid, but bound to no account", "unknown_principal")
-            )
-        return known
+        return await resolve(self.directory, await self.claims(token.strip()))
 
     async def claims(self, token: str) -> dict[str, Any]:
         """A token's claims, all checked. Raises Denied: 401, 503."""
@@ -140,6 +127,20 @@ class Bearer:
             challenge += f', error="invalid_token", error_description="{detail}"'
         found = problem(401, "Who calls is not known", detail, reason)
         return Denied(401, found, [("WWW-Authenticate", challenge)])
+
+
+async def resolve(directory: Directory, claims: Claims) -> Principal:
+    """Who the directory says that verified claims are. Raises Denied: 403 for nobody, 503 where it cannot tell."""
+    try:
+        found = directory(claims)
+        known = await found if inspect.isawaitable(found) else found
+    except Unavailable as error:
+        raise unavailable("directory", str(error)) from error
+    if known is None:
+        raise Denied(
+            403, problem(403, "Nobody here", "The token is valid, but bound to no account", "unknown_principal")
+        )
+    return known
 
 
 def reason_of(error: Exception) -> str:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tollway.connectors.call import Call
+from tollway.connectors.call import Amounts, Call
 from tollway.connectors.context import Origin, current_origin
 from tollway.connectors.denied import Denied
 from tollway.connectors.emitter import Emitted, Emitter
@@ -100,7 +100,7 @@ class Meter:
         *,
         surface: str | None = None,
         principal: Principal | None = None,
-        ask: Mapping[str, int | tuple[int, int]] | None = None,
+        ask: Amounts | None = None,
         **fields: Any,
     ) -> Call:
         """A call, to be run by `with` or `async with`: timed, recorded once at its end, what it raised raised again.

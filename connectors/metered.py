@@ -2,10 +2,10 @@
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import Any, ParamSpec, TypeVar, cast
 
-from tollway.connectors.call import Call, Count
+from tollway.connectors.call import Amounts, Call, Count
 from tollway.connectors.errors import Refused
 from tollway.connectors.meter import Meter
 
@@ -19,7 +19,7 @@ def metered(
     *,
     count: Count | None = None,
     surface: str = "agent",
-    ask: Mapping[str, int | tuple[int, int]] | None = None,
+    ask: Amounts | None = None,
     **fields: Any,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Meter every call of a function; it stays what it is: sync or async, a generator or none.

@@ -37,6 +37,9 @@ class Principal(NamedTuple):
 
 ANONYMOUS = Principal("anonymous", "anonymous", "public")
 
+SCOPE_KEY = "tollway.principal"
+"""In an ASGI scope: whom `MeterMiddleware` identified."""
+
 Claims = Mapping[str, Any]
 Directory = Callable[[Claims], Principal | Awaitable[Principal | None] | None]
 """Verified claims → the principal, or None where nobody knows it. Raises Unavailable where that cannot be told just now."""

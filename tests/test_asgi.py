@@ -20,13 +20,13 @@ from starlette.websockets import WebSocket
 from tests.asgi_site import serving, until
 from tests.issuer import AUDIENCE, issuing
 from tests.test_identity import WRONG
-from tollway.connectors.asgi import CALL, PRINCIPAL, MeterMiddleware
+from tollway.connectors.asgi import CALL, MeterMiddleware
 from tollway.connectors.call import current_call
 from tollway.connectors.denied import Denied
 from tollway.connectors.errors import Refused
 from tollway.connectors.identity import Bearer
 from tollway.connectors.meter import Meter
-from tollway.connectors.principal import ANONYMOUS, ClaimedAccount, Principal
+from tollway.connectors.principal import ANONYMOUS, SCOPE_KEY, ClaimedAccount, Principal
 from tollway.connectors.sinks import MemorySink
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -306,7 +306,7 @@ async def test_identity_comes_from_the_token_alone() -> None:
         inside: list[Principal] = []
 
         async def look(request: Request) -> Response:
-            inside.append(request.scope[PRINCIPAL])
+            inside.append(request.scope[SCOPE_KEY])
             return Response()
 
         app.routes.append(Route("/look", look))
