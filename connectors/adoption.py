@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from tollway.connectors.spool import Spool, unforked
 from tollway.connectors.tally import Tally
@@ -19,12 +20,19 @@ ADOPTED_MAX = 64
 log = logging.getLogger("tollway.emitter")
 
 
-def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str], take: Callable[[Spool], object]) -> int:
+class Others(NamedTuple):
+    """Bytes in the folder that are not our own, and whether there was no room to look at all of the spools."""
+
+    size_bytes: int
+    more: bool
+
+
+def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str], take: Callable[[Spool], object]) -> Others:
     """Give `take` the spools under `root` whose owners are dead, but for the sources `adopted` already; ADOPTED_MAX in all.
 
-    Returns the bytes of all spools that are not `own`. Raises OSError where the folder cannot be read.
+    Raises OSError where the folder cannot be read.
     """
-    others_bytes, room = 0, ADOPTED_MAX - len(adopted)
+    others_bytes, room, more = 0, ADOPTED_MAX - len(adopted), False
     for folder in sorted(root.iterdir()):
         source = folder.name.lstrip(".")
         if source in own or not UUID_HEX.fullmatch(source):
@@ -34,9 +42,10 @@ def adopt_dead(root: Path, tally: Tally, own: set[str], adopted: set[str], take:
             if folder.name != source:
                 if folder.stat().st_mtime < time.time() - HALF_MADE_S:
                     shutil.rmtree(folder)
-            elif source not in adopted and room > 0:
-                room -= _adopt(folder, tally, take)
-    return others_bytes
+            elif source not in adopted:
+                more = more or not room
+                room -= bool(room) and _adopt(folder, tally, take)
+    return Others(others_bytes, more)
 
 
 def _adopt(folder: Path, tally: Tally, take: Callable[[Spool], object]) -> bool:

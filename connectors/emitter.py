@@ -52,7 +52,7 @@ CLOSE_DEADLINE_S = 10.0
 """Of a context manager's end: what is not acknowledged by then stays for the successor."""
 _RETRY_S = 1.0
 _STEP_BACK_US = 1_000_000
-"""A clock that goes back by more than this begins a new life: its source would outlive the day that it is allowed."""
+"""A clock that is set back by more than this begins a new life: of the new time, and times ascend in each spool."""
 
 
 class Emitted(NamedTuple):
@@ -111,7 +111,7 @@ class Emitter:
         self._spools: list[Spool] = []
         self._life: Spool | None = None
         self._last_us = self._life_ends_us = 0
-        self._retry_s = 0.0
+        self._life_ends_s = self._retry_s = 0.0
         self._tally, self._acknowledged, self._flushes = Tally(), Acknowledged(), Flushes()
         self._outbox = Outbox(self._limits.segment_bytes, self._limits.segment_events)
         self._sender: Sender | None = None
@@ -130,7 +130,7 @@ class Emitter:
         with self._lock:
             now_us = self._clock_us()
             spool = self._life
-            if spool is None or not self._last_us - _STEP_BACK_US <= now_us < self._life_ends_us:
+            if spool is None or self._is_over(now_us):
                 spool = self._renew(now_us)
             complete(fields, now_us, self._random_bits)
             account = fields.get("account")
@@ -153,6 +153,11 @@ class Emitter:
         if sender is not None and sender.idle:
             sender.wake()
         return Emitted(spool.source, in_lane, sequence) if taken else None
+
+    def _is_over(self, now_us: int) -> bool:
+        """Whether this life's day has passed, by either clock, or the clock was set back."""
+        in_time = self._last_us - _STEP_BACK_US <= now_us < self._life_ends_us
+        return not in_time or self._elapsed_s() >= self._life_ends_s
 
     def _append(self, spool: Spool, frame: bytes, in_lane: int) -> bool:
         """Make room if need be, then append; what is refused is counted. Under the lock."""
@@ -206,6 +211,7 @@ class Emitter:
                 spool = Spool.create(self._root, source, self._tally, sizes)
             self._spools.append(spool)
         spool.begun_s = self._elapsed_s()
+        self._life_ends_s = spool.begun_s + SOURCE_S
         if self._life is not None:
             self._life.retired = True
         self._life, self._last_us, self._life_ends_us = spool, now_us, now_us + SOURCE_S * 1_000_000

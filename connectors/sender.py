@@ -89,7 +89,7 @@ class Sender:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._wake, self._adopt_now = asyncio.Event(), asyncio.Event()
         self._crowded = False
-        """More dead spools were there than could be adopted."""
+        """There were more spools than could be adopted."""
         self._remove_again_s = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._stopping = self._connecting = False
@@ -174,11 +174,10 @@ class Sender:
         found = partial(adopt_dead, self._root, self._tally, own, adopted, self._spools.append)
         looking = asyncio.create_task(asyncio.to_thread(found))
         try:
-            self.others_bytes = await asyncio.shield(looking)
+            self.others_bytes, self._crowded = await asyncio.shield(looking)
         except asyncio.CancelledError:
             await looking  # a spool it locks after the end would stay locked
             raise
-        self._crowded = self._adopted >= ADOPTED_MAX
         self._wake.set()
 
     @property

@@ -375,7 +375,7 @@ class Spool:
             (self.folder / ACKED).unlink(missing_ok=True)
             # The last but one: a folder without a lock is nobody's, and what is in it would never be sent.
             (self.folder / LOCK).unlink(missing_ok=True)
-            with suppress(FileNotFoundError):  # a successor was quicker
+            with suppress(OSError):  # a successor was quicker, or will do it; or somebody's own file is in it
                 self.folder.rmdir()
         self.abandon()
 

@@ -81,6 +81,8 @@ def test_a_time_limit_that_strikes_inside_emit(tmp_path: Path) -> None:
     assert set(returned) <= set(found)
     assert emitter.counters["corrupt"] == 0
     assert emitter.counters["refused"] == {}
+    spool.settle(spool.position)
+    assert emitter.flush_sync(0) == {}
 
 
 @pytest.mark.parametrize(

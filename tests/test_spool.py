@@ -290,6 +290,42 @@ def test_a_vanished_segment_is_counted_and_passed(tmp_path: Path) -> None:
     assert (tally.corrupt, tally.lost) == (1, 60 - len(rest))
 
 
+def test_damage_in_anothers_spool_is_none_of_our_losses(tmp_path: Path) -> None:
+    """Broken bytes in an adopted spool are set aside and counted; `lost` is of our own events alone. Foreign files stay away."""
+    spool = made(tmp_path, made_tally := Tally())
+    append(spool, made_tally, range(200, 260))
+    die(spool)
+    path = tmp_path / SOURCE / "00000001.seg"
+    path.write_bytes(b"\0" * 50 + path.read_bytes())
+    (tmp_path / SOURCE / "notes.seg").touch()
+    successor = Spool.adopt(tmp_path / SOURCE, tally := Tally())
+    assert successor is not None
+    assert drain(successor) == [frame(n) for n in range(200, 260)]
+    assert (tally.corrupt, tally.lost, tally.waiting) == (1, 0, 0)
+    successor.close()
+    assert [path.name for path in (tmp_path / SOURCE).iterdir()] == ["notes.seg"]
+
+
+def test_what_cannot_be_deleted_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused unlink drops nothing and forgets nothing: what is acknowledged goes at the next try, with the folder."""
+    tally = Tally()
+    spool = made(tmp_path, tally, segment_bytes=5_000)
+    append(spool, tally, range(200, 300))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refuse)
+        assert not spool.drop_oldest()
+        with pytest.raises(PermissionError):
+            drain(spool)
+    assert tally.dropped == 0
+    assert drain(spool)[-1] == frame(299)
+    spool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_own_segment_cut_by_someone_is_a_loss(tmp_path: Path) -> None:
     """A living process's segment that became shorter is counted as corrupt and lost: emit() had returned for what is missing."""
     tally = Tally()
@@ -354,7 +390,7 @@ def test_a_killed_owner_lets_go(tmp_path: Path) -> None:
         assert here.poll(30)
         here.recv()
         found: list[Spool] = []
-        assert adopt_dead(tmp_path, Tally(), set(), set(), found.append) > 0
+        assert adopt_dead(tmp_path, Tally(), set(), set(), found.append).size_bytes > 0
         assert found == []
     finally:
         process.kill()
@@ -364,7 +400,7 @@ def test_a_killed_owner_lets_go(tmp_path: Path) -> None:
     (spool,) = found
     assert drain(spool) == [frame(1)]
     spool.close()
-    assert adopt_dead(tmp_path, Tally(), set(), set(), found.append) == 0
+    assert adopt_dead(tmp_path, Tally(), set(), set(), found.append).size_bytes == 0
     assert len(found) == 1
 
 
@@ -373,10 +409,10 @@ def test_half_made_and_half_removed_folders(tmp_path: Path) -> None:
     half_made, half_removed, other = tmp_path / f".{SOURCE}", tmp_path / uuid7_hex(1, 1), tmp_path / "notes"
     for folder in (half_made, half_removed, other):
         folder.mkdir()
-    assert adopt_dead(tmp_path, Tally(), set(), set(), print) == 0
+    assert adopt_dead(tmp_path, Tally(), set(), set(), print) == (0, False)
     assert {path.name for path in tmp_path.iterdir()} == {half_made.name, other.name}
     os.utime(half_made, (1, 1))
-    assert adopt_dead(tmp_path, Tally(), set(), set(), print) == 0
+    assert adopt_dead(tmp_path, Tally(), set(), set(), print) == (0, False)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
