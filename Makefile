@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCK := requirements-dev.lock
 CODE := schemas connectors streams src tests benchmarks docs/settings_page.py
 
-.PHONY: help demo test check prove registry bench docs lock clean
+.PHONY: help demo test check prove soak registry bench docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -23,11 +23,11 @@ check: .venv/.dev ## lint, format, types and contracts, without running anything
 	$(BIN)/mypy
 	$(BIN)/tollway schema check
 
-prove: .venv/.dev ## fifty thousand events under kill -9, compared to the unit by separate code
-	$(BIN)/python -m tests.prove
+prove: .venv/.dev ## fifty thousand calls under kill -9, compared to the unit; EVENTS=1000000 [SEED=1] [OUT=report.json]: all parts die
+	$(BIN)/python -m tests.prove --seed $(or $(SEED),1) $(if $(EVENTS),--whole --events $(EVENTS)) $(if $(OUT),--out $(OUT))
 
-registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (160 MB)
-	$(BIN)/python -m pytest -m registry
+soak: .venv/.dev ## MINUTES=20 at a third of the top rate: no process's memory may grow; OUT=docs/memory keeps figures and picture
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20) $(if $(OUT),--out $(OUT))
 
 bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, and what emit() costs
 	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
