@@ -29,6 +29,9 @@ prove: .venv/.dev ## fifty thousand calls under kill -9, compared to the unit; E
 soak: .venv/.dev ## MINUTES=20 at a third of the top rate: no process's memory may grow; OUT=docs/memory keeps figures and picture
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20) $(if $(OUT),--out $(OUT))
 
+registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (160 MB)
+	$(BIN)/python -m pytest -m registry
+
 bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, and what emit() costs
 	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
 	$(BIN)/python -m benchmarks.emit
