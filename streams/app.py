@@ -9,21 +9,23 @@ import logging
 import os
 import signal
 import socket
+from functools import partial
 from typing import Any
 
 import faust
 from mode import Service
 
-from tollway.connectors.errors import TollwayError
+from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.streams.accounts import AccountsFold, billing, quota
 from tollway.streams.audit_fold import AuditFold, audit
 from tollway.streams.engine import Engine
 from tollway.streams.failpoint import Failpoints
 from tollway.streams.hand import Hand
+from tollway.streams.seat import Absence, Seat, answers, run_seats, wait_for_kafka
 from tollway.streams.settings import Settings
 from tollway.streams.stripe_fold import StripeFold, stripe
-from tollway.streams.wiring import Parts
-from tollway.streams.worker import Health, Replica, engine_config, public_key_of, run_engines, tune_collector
+from tollway.streams.wiring import Parts, kafka_admin
+from tollway.streams.worker import Health, Replica, engine_config, public_key_of, tune_collector
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ class Host:
             async def on_stop(self) -> None:
                 await host.stop()
 
-        self._engines: list[Engine] = []
+        self._seats: list[Seat] = []
+        self._made: dict[str, Any] = {}
         self._running: asyncio.Task[None] | None = None
 
     def _agents(self) -> None:
@@ -87,8 +90,8 @@ class Host:
 
     async def stop(self) -> None:
         """Last checkpoints, then let go."""
-        for engine in self._engines:
-            await engine.stop()
+        for seat in self._seats:
+            await seat.stop()
         if self._running is not None:
             await asyncio.wait({self._running}, timeout=STOP_S)
 
@@ -112,30 +115,44 @@ class Host:
         try:
             for group in self.groups:
                 replica = Replica.take(settings.data, group, settings.replica)
-                config = await engine_config(settings, replica)
-                failpoints = Failpoints.read(settings.data, group)
-                fold = await self._fold_of(group, config.epoch, config.partitions, parts, failpoints)
-                self._engines.append(Engine(fold, config, failpoints))
-            health = Health(settings.health_port, self._engines, parts.figures())
+                self._seats.append(Seat(group, partial(self._engine, group, replica, parts, self._failpoints(group))))
+            health = Health(settings.health_port, [seat.health for seat in self._seats], parts.figures())
             await health.start()
             try:
-                await run_engines(self._engines)
+                await run_seats(self._seats)
             finally:
                 await health.stop()
         finally:
             await parts.close()
 
+    def _failpoints(self, group: str) -> Failpoints:
+        return Failpoints.read(self.settings.data, group)
+
+    async def _engine(self, group: str, replica: Replica, parts: Parts, failpoints: Failpoints) -> Engine:
+        """A new engine with a new fold: nothing of the former one's memory, only its connections. Raises Fatal on another log."""
+        await answers(self.settings.kafka_bootstrap, self.settings.kafka_security())
+        config = await engine_config(self.settings, replica)
+        epoch = self._made.setdefault("epoch", config.epoch)
+        if config.epoch != epoch:
+            raise Fatal(
+                f"the log is {config.epoch} now and was {epoch}: its topic was made anew; start workers for that log"
+            )
+        fold = await self._fold_of(group, config.epoch, config.partitions, parts, failpoints)
+        return Engine(fold, config, failpoints)
+
     async def _fold_of(self, group: str, epoch: str, partitions: int, parts: Parts, failpoints: Failpoints) -> Any:
-        settings = self.settings
+        settings, made = self.settings, self._made
         if group == "accounts":
-            view = await parts.views(epoch, partitions)
+            view = made.get("view") or made.setdefault("view", await parts.views(epoch, partitions))
             key = public_key_of(settings)
             return AccountsFold(epoch, partitions, key, Hand(self.quota), Hand(self.billing), view, failpoints)
         if group == "audit":
-            store = await parts.audit_store()
-            key, copies = public_key_of(settings), parts.snapshot_copies(epoch, store)
+            store = made.get("store") or made.setdefault("store", await parts.audit_store())
+            copies = made.get("copies") or made.setdefault("copies", parts.snapshot_copies(epoch, store))
+            key = public_key_of(settings)
             return AuditFold(epoch, partitions, key, Hand(self.audit), store, failpoints, copies)
-        return StripeFold(epoch, Hand(self.stripe), await parts.stripe(), settings, failpoints)
+        port = made.get("port") or made.setdefault("port", await parts.stripe())
+        return StripeFold(epoch, Hand(self.stripe), port, settings, failpoints)
 
 
 async def nothing(stream: Any) -> None:
@@ -159,13 +176,34 @@ def _credentials(settings: Settings) -> Any:
     return faust.SSLCredentials(security["ssl_context"])
 
 
+async def _kafka_answers(settings: Settings, groups: list[str]) -> bool:
+    """Wait for Kafka, red all the while; False where a signal came first."""
+    stop, absence = asyncio.Event(), Absence(",".join(groups))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    red = {"group": ",".join(groups), "partitions": [], "healthy": False}
+    health = Health(settings.health_port, [lambda: {**red, "reasons": absence.reasons}], {})
+    await health.start()
+    try:
+        where = settings.kafka_bootstrap, settings.kafka_security()
+        return await wait_for_kafka(*where, absence, stop, kafka_admin(settings).partitions)
+    finally:
+        await health.stop()
+
+
 def run(settings: Settings, groups: list[str]) -> BaseException | None:
-    """Run a worker until a signal or a failure; returns the failure."""
+    """Run a worker until a signal or a failure; returns the failure: Unavailable where a new start cures it."""
     logging.getLogger("stripe").setLevel(logging.WARNING)  # it logs every request at INFO
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    if not asyncio.run(_kafka_answers(settings, groups)):
+        return None
+    logging.getLogger().handlers.clear()  # Faust brings its own
     host = Host(settings, groups)
     worker = faust.Worker(host.app, loglevel="INFO", quiet=True)
     try:
         worker.execute_from_commandline()
-    except SystemExit:
-        return host.failure
+    except SystemExit as end:
+        if host.failure is None and end.code:
+            return Unavailable("Faust's own connection to Kafka ended: start this worker again")
     return host.failure

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tollway.connectors.errors import Refused, TollwayError
+from tollway.connectors.errors import Refused, TollwayError, Unavailable
 from tollway.schemas.evolution import SchemaError
 from tollway.streams import cli_accounts, cli_control, cli_looks, cli_rebuild, cli_setup
 from tollway.streams.cli_words import Data, Json, read_settings
@@ -53,13 +53,16 @@ def worker(
     group: Annotated[str, typer.Option(help="accounts, audit, stripe or all.")] = "all",
     data: Data = None,
 ) -> None:
-    """Run one worker until SIGTERM; more of them share the partitions."""
+    """Run one worker until SIGTERM; more of them share the partitions. Exit 75: a part is away, start it again."""
     from tollway.streams.app import run
     from tollway.streams.worker import GROUPS
 
     if group != "all" and group not in GROUPS:
         raise Refused(f"--group is {group!r}: give one of {', '.join(GROUPS)}, all")
     failure = run(read_settings(data), list(GROUPS) if group == "all" else [group])
+    if isinstance(failure, Unavailable):
+        sys.stderr.write(f"tollway: {failure}\n")
+        raise typer.Exit(os.EX_TEMPFAIL)
     if failure is not None:
         raise failure
 

@@ -14,6 +14,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
+from tollway.connectors.closing import close
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.connectors.kafka import started_producer
 from tollway.schemas.topics import CHECKPOINTS, TICK_KEY, USAGE
@@ -34,6 +35,7 @@ REVOKE_WAIT_S = 3.0
 LAST_SAVE_S = 1.0
 """A partition that is let go gets so long for its last checkpoint; without it more is read again, nothing else."""
 COMMIT_S = 5.0
+CLOSE_S = 2.0
 BLOCKED_RED_S = 30
 CLOCK_AHEAD_MAX_S = 300
 SEND_TIMEOUT_S = 30
@@ -355,10 +357,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         """An idempotent producer that failed once may be dead for good."""
         old, self.producer = self.producer, None
         if old is not None:
-            try:
-                await asyncio.wait_for(old.stop(), 2)
-            except (KafkaError, TimeoutError) as error:
-                log.warning("%s: the failed producer did not stop: %s", self.fold.group, error)
+            await close(old, CLOSE_S)
         self.producer = await started_producer(self.config.bootstrap, self.config.security)
 
     async def _commit(self, number: int, offset: int) -> None:
@@ -460,7 +459,4 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._let_go()
         for part in (self.consumer, self.producer):
             if part is not None:
-                try:
-                    await asyncio.wait_for(part.stop(), 3)
-                except (KafkaError, TimeoutError) as error:
-                    log.warning("%s: %s did not stop cleanly: %s", self.fold.group, type(part).__name__, error)
+                await close(part, CLOSE_S)

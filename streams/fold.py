@@ -5,11 +5,16 @@ from typing import Any, Protocol
 
 from aiokafka import ConsumerRecord
 
+from tollway.connectors.errors import Fatal
 from tollway.streams.batch import Records
 
 Message = tuple[str, int | None, bytes | None, bytes | None, Any]
 """topic, partition, key, value, headers"""
 Send = Callable[[list[Message]], Awaitable[None]]
+
+
+class Unseated(Fatal):
+    """This engine may not go on with its partitions: drop it, join the group again, load from the log."""
 
 
 class Fold(Protocol):
@@ -65,4 +70,4 @@ class Fencing(Protocol):
         """Shut former owners out, before anything is read."""
 
     async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
-        """Append one checkpoint's records. Raises Unavailable, or Fatal where somebody else owns the partition."""
+        """Append one checkpoint's records. Raises Unseated where they were not taken: somebody else may own the partition."""

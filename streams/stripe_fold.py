@@ -14,6 +14,7 @@ from typing import Any, cast
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.errors import KafkaError, ProducerFenced
 
+from tollway.connectors.closing import close
 from tollway.connectors.errors import Fatal, Refused, Unavailable
 from tollway.connectors.kafka import started_producer
 from tollway.connectors.meter_events import meter_events_since
@@ -23,7 +24,7 @@ from tollway.schemas.meter_event import MeterEvent
 from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS
 from tollway.streams.batch import Records
 from tollway.streams.failpoint import Failpoints
-from tollway.streams.fold import Send
+from tollway.streams.fold import Send, Unseated
 from tollway.streams.hand import Work, take
 from tollway.streams.settings import Settings
 from tollway.streams.stripe_outbox import PENDING_MAX, Outbox
@@ -32,6 +33,10 @@ from tollway.streams.stripe_sender import Sender
 TRANSACTION_TIMEOUT_MS = 10_000
 """A worker that died in a transaction holds back readers of committed records for this long at most."""
 
+TRANSACTION_S = 20.0
+"""A transaction that is not through by then is given up, and with it the assignment."""
+
+CLOSE_S = 2.0
 IDLE_S = 3600
 FOREVER_S = 1 << 62
 DOUBT_RED_S = 300
@@ -107,6 +112,8 @@ class StripeFold:
         self._held: dict[int, str] = {}
         """Partition → why its sender stands still."""
         self._producers: dict[int, AIOKafkaProducer] = {}
+        self._spent: set[int] = set()
+        """Partitions whose producer has a transaction open, or one that failed: it writes no other."""
         self._save: Callable[[int], Awaitable[None]] | None = None
         self.fencing = self
 
@@ -126,21 +133,29 @@ class StripeFold:
             transactional_id=f"stripe-{self._epoch}-{number}",
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         )
+        self._spent.discard(number)
 
     async def write_checkpoint(self, number: int, records: list[tuple[bytes, bytes]]) -> None:
-        """One transaction. Raises Fatal where it was not taken: another worker may own the partition by now."""
-        producer = self._producers[number]
+        """One transaction. Raises Unseated where it was not taken: another worker may own the partition by now.
+
+        Never fenced anew here: a worker that missed its revoke would shut out its successor, and its memory lacks what that one
+        has put on record. Nor aborted: whoever is given the partition next aborts it by fencing.
+        """
+        producer = self._producers.get(number)
+        if producer is None or number in self._spent:
+            raise Unseated(f"partition {number} is not ours any more")
+        self._spent.add(number)  # until the transaction is through
         try:
-            async with producer.transaction():
+            async with asyncio.timeout(TRANSACTION_S):
+                await producer.begin_transaction()
                 for key, value in records:
                     await producer.send_and_wait(CHECKPOINTS.name, value, key=key, partition=number)
+                await producer.commit_transaction()
         except ProducerFenced as error:
-            raise Fatal(f"partition {number} has another sender now: this worker was away too long") from error
-        except KafkaError as error:
-            # Not fenced anew here: a worker that missed its revoke would shut out its successor. A new assignment does it.
-            raise Fatal(
-                f"checkpoint of partition {number} not written ({error}): the worker must join again"
-            ) from error
+            raise Unseated(f"partition {number} has another sender now: this worker was away too long") from error
+        except (KafkaError, TimeoutError) as error:
+            raise Unseated(f"checkpoint of partition {number} not taken ({type(error).__name__} {error})") from error
+        self._spent.discard(number)
 
     def load(self, partition: int, state: dict[str, Any]) -> StripeState:
         """A sender with its attempts and outcomes."""
@@ -213,7 +228,10 @@ class StripeFold:
         unknown = set[str]().union(*(state.sender.outbox.event_names for state in due)) - self._meters
         if unknown:
             await self._check_meters(unknown)
-        await asyncio.gather(*(self._drive(state) for state in due))
+        # All of them end before the first failure is raised: none calls on behind an engine that is gone.
+        for result in await asyncio.gather(*(self._drive(state) for state in due), return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def _drive(self, state: StripeState) -> None:
         faults = [self._faults[name] for name in sorted(state.sender.outbox.event_names - self._meters)]
@@ -249,10 +267,7 @@ class StripeFold:
     async def _drop(self, number: int) -> None:
         producer = self._producers.pop(number, None)
         if producer is not None:
-            try:
-                await asyncio.wait_for(producer.stop(), 2)
-            except (KafkaError, TimeoutError):
-                return  # fenced or cut off: its successor has taken over
+            await close(producer, CLOSE_S)
 
 
 def _doubts(state: StripeState) -> list[int]:

@@ -1,11 +1,11 @@
 """One worker process: which replica it is, its Faust app, its engines, its health."""
 
-import asyncio
 import fcntl
 import gc
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tollway.connectors.control import Signer
 from tollway.connectors.errors import Refused
 from tollway.connectors.kafka import epoch_of, log_partitions
 from tollway.schemas.topics import USAGE
-from tollway.streams.engine import Engine, EngineConfig
+from tollway.streams.engine import EngineConfig
 from tollway.streams.schema_registry import refuse_other_schemas
 from tollway.streams.settings import Settings
 from tollway.streams.topic_faults import refuse_unsafe
@@ -97,10 +97,10 @@ async def engine_config(settings: Settings, replica: Replica) -> EngineConfig:
 
 
 class Health:
-    """GET /health on loopback: 200 while every engine makes progress, 503 with the reasons otherwise."""
+    """GET /health on loopback: 200 while every group makes progress, 503 with the reasons otherwise."""
 
-    def __init__(self, port: int, engines: list[Engine], extra: dict[str, Any]) -> None:
-        self._port, self._engines, self._extra = port, engines, extra
+    def __init__(self, port: int, groups: list[Callable[[], dict[str, Any]]], extra: dict[str, Any]) -> None:
+        self._port, self._groups, self._extra = port, groups, extra
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -122,23 +122,9 @@ class Health:
             await self._runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:
-        groups = [engine.health() for engine in self._engines]
+        groups = [read() for read in self._groups]
         extra = {name: read() for name, read in self._extra.items()}
         healthy = all(group["healthy"] for group in groups)
         return web.json_response(
             {"healthy": healthy, "pid": os.getpid(), "groups": groups, **extra}, status=200 if healthy else 503
         )
-
-
-async def run_engines(engines: list[Engine]) -> None:
-    """Run engines until all have stopped; the first that fails stops the others and is raised."""
-    tasks = [asyncio.create_task(engine.work(), name=engine.fold.group) for engine in engines]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for engine in engines:
-            await engine.stop()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
