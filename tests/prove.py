@@ -73,8 +73,15 @@ class Report:
     raw: dict[str, int] = field(default_factory=dict)
     kills: list[dict[str, Any]] = field(default_factory=list)
     failpoints: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    """Events, rows and units that must be on a side and are not, all sides together."""
+    doubled: int = 0
+    overspent: int = 0
+    """Units at the rail beyond what was accepted."""
     verdict: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    seals: dict[str, Any] = field(default_factory=dict)
+    """The log folded again from its first record: how many sealed snapshots and checkpoints it was held against."""
     faults: list[str] = field(default_factory=list)
     driver_peak_mb: int = 0
     """Largest resident size of the campaign's own process, oracle included."""
@@ -115,6 +122,7 @@ class Campaign:
                 verdict = court.verdict(self.scale.settle_s, self.progress)
             with self._timed("verify"):
                 self.report.audit = self._audit_verify()
+                self.report.seals = self._refolded()
             self._conclude(kills, wrong, verdict, court)
         finally:
             court.close()
@@ -263,13 +271,28 @@ class Campaign:
 
     def _audit_verify(self) -> dict[str, Any]:
         """`tollway audit verify --json`, as ops would run it."""
-        argv = [sys.executable, "-m", "tollway.streams.cli", "audit", "verify", "--data", str(self.data), "--json"]
+        self.progress("audit verify")
+        found = self._tollway("audit", "verify")
+        return {**found, "faults": found.get("faults", [])[:SHOWN_MAX], "chains": len(found.get("chains", []))}
+
+    def _refolded(self) -> dict[str, Any]:
+        """`tollway rebuild checkpoints --dry-run`: what the workers sealed between their deaths, and what the log gives."""
+        found = self._tollway("rebuild", "checkpoints", "--dry-run", "--from", "log")
+        rows = found.pop("partitions", [])
+        boundaries = [
+            {**each, "group": row["group"], "partition": row["partition"]} for row in rows for each in row["boundaries"]
+        ]
+        sealed = sum(each["what"] != "checkpoint" for each in boundaries)
+        return {**found, "sealed": sealed, "different": [each for each in boundaries if not each["equal"]][:SHOWN_MAX]}
+
+    def _tollway(self, *words: str) -> dict[str, Any]:
+        argv = [sys.executable, "-m", "tollway.streams.cli", *words, "--data", str(self.data), "--json"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=VERIFY_DEADLINE_S, cwd=ROOT)
         try:
             found: dict[str, Any] = json.loads(done.stdout)
         except ValueError:
             return {"ok": False, "error": done.stderr[-500:]}
-        return {**found, "faults": found.get("faults", [])[:SHOWN_MAX], "chains": len(found.get("chains", []))}
+        return found
 
     def _conclude(self, kills: list[Kill], wrong: list[str], verdict: Verdict, court: Court) -> None:
         report = self.report
@@ -277,11 +300,15 @@ class Campaign:
         report.events, report.emitters = verdict.emitted, EMITTERS
         report.emitters_killed, report.raw = verdict.lives_killed, verdict.raw
         report.principals = len(court.book.principals)
+        report.lost, report.doubled = sum(verdict.lost.values()), sum(verdict.doubled.values())
+        report.overspent = verdict.doubled.get("stripe_units", 0)
         report.verdict = {**asdict(verdict), "differences": verdict.differences[:SHOWN_MAX]}
         report.verdict |= {"reconciled": verdict.reconciled, "differences_all": len(verdict.differences)}
         report.faults = [*wrong, *self._shortfalls(verdict)]
         if not report.audit.get("ok"):
             report.faults.append(f"audit verify is red: {report.audit.get('faults') or report.audit}")
+        if not report.seals.get("ok"):
+            report.faults.append(f"the log folded again is another: {report.seals}")
         report.ok = verdict.reconciled and not report.faults
 
     def _shortfalls(self, verdict: Verdict) -> list[str]:
@@ -325,6 +352,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--whole", action="store_true", help="1,000 accounts, two replicas, and every part dies too")
     parser.add_argument("--data", type=Path, default=None, help="keep everything in this new folder")
+    parser.add_argument("--out", type=Path, default=None, help="write the report as JSON into this file too")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -340,6 +368,9 @@ def main() -> int:
     report.driver_peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     report.seconds["all"] = round(time.monotonic() - began, 1)
     shown = asdict(report)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(shown) + "\n")
     print(json.dumps(shown) if arguments.json else "\n".join(f"{name}: {value}" for name, value in shown.items()))
     return 0 if report.ok else 1
 

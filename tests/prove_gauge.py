@@ -160,7 +160,7 @@ class Kill:
     doing: str = ""
     away_s: float = 0.0
     recovered_s: float | None = None
-    """From the death on; commits come with checkpoints, every three seconds."""
+    """From the death on; a group commits with its checkpoints, every few seconds."""
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
 
     @property

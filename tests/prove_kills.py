@@ -38,11 +38,11 @@ FAILPOINTS: dict[str, dict[str, range]] = {
 """group → failpoint → the passes at which it may kill: the seed chooses one."""
 REST_EVERY = 3
 """A supervisor gives up what fails six times in a row: after this many failpoints comes a kill that it is told of."""
-HIT_DEADLINE_S = 240.0
+HIT_DEADLINE_S = 300.0
 """Longer than any part is held away, and than the time until the next flush brings the sender work."""
-READY_DEADLINE_S = 120.0
+READY_DEADLINE_S = 300.0
 GONE_DEADLINE_S = 15.0
-WORK_DEADLINE_S = 240.0
+WORK_DEADLINE_S = 300.0
 DEAD_SEEN_S = 0.5
 POLL_S = 0.02
 

@@ -10,7 +10,7 @@ from tests.prove_gauge import Gauge, Recoveries
 from tests.prove_kills import await_work
 from tollway.connectors.embedded.stack import Stack
 
-READY_DEADLINE_S = 120.0
+READY_DEADLINE_S = 300.0
 RECOVER_DEADLINE_S = 180.0
 POLL_S = 0.1
 

@@ -38,14 +38,15 @@ def page(report: dict[str, Any], source: str) -> str:
 
 def _head(report: dict[str, Any], source: str) -> str:
     verdict, scale = report["verdict"], report["scale"]
-    state = "agree to the unit" if report["ok"] else "**do not agree: the campaign is red**"
+    state = "agree to the unit" if verdict["reconciled"] else "do not agree"
+    red = "" if report["ok"] else "**The campaign is red: see what was found.**\n\n"
     away = [f"{o['part']} {o['away_s']:.0f} s" for row in scale["outages"] for o in row if o["away_s"]]
     held = (
         f" Held away: {', '.join(away)}, with `max.poll.interval` at {scale['max_poll_interval_ms'] // 1000} s."
         * bool(away)
     )
     return (
-        "# The campaign\n\n"
+        f"# The campaign\n\n{red}"
         f"{report['events']:,} calls of `emit()` by {report['accounts']:,} accounts and {report['principals']:,} principals, six"
         f" meters, {len(report['kills'])} deaths with work before each: Kafka, ClickHouse, Redis and Stripe {state} with an oracle"
         " that shares no code with the pipeline. It reads the emitters' journals (a line before each call and one after) and the"
@@ -96,7 +97,8 @@ def _deaths(report: dict[str, Any]) -> str:
             *lines,
             "",
             "Work = records that the group had not committed, or deltas that were not at the rail. Standstill: from the death until"
-            " every partition that had work has committed again (a commit comes with a checkpoint, every 3 s), the rail has taken"
+            f" every partition that had work has committed again (a commit comes with a checkpoint, every"
+            f" {report['scale']['checkpoint_s']} s), the rail has taken"
             " another delta, or Redis another total; the time that a part was held away is in it.",
         ]
     )

@@ -30,7 +30,10 @@ class Scale:
     settle_s: float = 240.0
     billing_window_s: int = 10
     billing_grace_s: int = 5
+    snapshot_s: int = 60
+    session_timeout_ms: int = 2_000
     max_poll_interval_ms: int = 300_000
+    checkpoint_s: int = 3
     replicas: dict[str, int] = field(default_factory=lambda: {"accounts": 1, "audit": 1, "stripe": 1})
     kill_until: float = 0.0
     """Share of the traffic's time in which the plans of kills are begun anew."""
@@ -61,7 +64,10 @@ def whole(events: int) -> Scale:
         settle_s=900.0,
         billing_window_s=60,
         billing_grace_s=10,
+        snapshot_s=300,
+        session_timeout_ms=6_000,
         max_poll_interval_ms=30_000,
+        checkpoint_s=5,
         replicas={"accounts": 2, "audit": 2, "stripe": 1},
         kill_until=0.6,
         outages=OUTAGES,
@@ -70,7 +76,8 @@ def whole(events: int) -> Scale:
 
 def stack_of(scale: Scale, data: Path, progress: Progress) -> Stack:
     """The local stack with the replicas and settings of a scale, not started."""
-    windows = {"billing_window_s": scale.billing_window_s, "billing_grace_s": scale.billing_grace_s, "snapshot_s": 60}
+    names = ("billing_window_s", "billing_grace_s", "snapshot_s")
+    windows = {name: getattr(scale, name) for name in names}
 
     def prepare(endpoints: Endpoints) -> None:
         del endpoints  # read back from stack.json, as every other process does
@@ -79,9 +86,7 @@ def stack_of(scale: Scale, data: Path, progress: Progress) -> Stack:
     def workers(endpoints: Endpoints) -> list[Child]:
         del endpoints
         return [
-            with_poll_interval(worker_child(data, group, name), scale.max_poll_interval_ms)
-            for group in scale.replicas
-            for name in scale.workers(group)
+            as_told(worker_child(data, group, name), scale) for group in scale.replicas for name in scale.workers(group)
         ]
 
     return Stack(
@@ -93,6 +98,11 @@ def stack_of(scale: Scale, data: Path, progress: Progress) -> Stack:
     )
 
 
-def with_poll_interval(child: Child, interval_ms: int) -> Child:
-    """A worker whose group gives it up when it has not polled for so long."""
-    return dataclasses.replace(child, env={**child.env, "TOLLWAY_MAX_POLL_INTERVAL_MS": str(interval_ms)})
+def as_told(child: Child, scale: Scale) -> Child:
+    """A worker with the times of a scale instead of the local stack's."""
+    told = {
+        "TOLLWAY_SESSION_TIMEOUT_MS": scale.session_timeout_ms,
+        "TOLLWAY_MAX_POLL_INTERVAL_MS": scale.max_poll_interval_ms,
+        "TOLLWAY_CHECKPOINT_S": scale.checkpoint_s,
+    }
+    return dataclasses.replace(child, env={**child.env, **{name: str(value) for name, value in told.items()}})

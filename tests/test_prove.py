@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from tests.load_poison import poisons
-from tests.prove_kills import FAILPOINTS
+from tests.prove_gauge import Kill
+from tests.prove_kills import FAILPOINTS, kill_faults
 from tests.prove_page import page
+from tests.prove_scale import whole
 
 EVENTS = 50_000
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,11 +61,31 @@ def test_after_every_death_the_work_went_on(report: dict[str, Any]) -> None:
     assert {kill["process"] for kill in report["kills"]} == {*(f"worker-{group}" for group in FAILPOINTS), "emitter e1"}
 
 
+def test_a_death_of_an_idle_process_is_a_fault(tmp_path: Path) -> None:
+    """A kill proves something only where work was interrupted."""
+    idle = Kill("audit", "clickhouse", "SIGKILL", 3.0, lag=0)
+    busy = Kill("stripe", "stripe", "SIGKILL", 4.0, lag=0, waiting=7)
+    wrong = kill_faults([], [idle, busy], tmp_path)
+    assert [line for line in wrong if "idle" in line] == ["clickhouse: SIGKILL at 3.0 s hit an idle process"]
+
+
+def test_the_whole_campaign_breaks_every_part() -> None:
+    """A million calls of five thousand principals; each part dies, and what is away is so for longer than a poll may last."""
+    scale = whole(1_000_000)
+    outages = [outage for row in scale.outages for outage in row]
+    assert (scale.accounts, scale.accounts * scale.principals_each) == (1_000, 5_000)
+    assert {o.part for o in outages if not o.away_s} == {"valkey", "kafka", "clickhouse", "stripe"}
+    assert {o.part: o.away_s for o in outages if o.away_s} == {"kafka": 20.0, "clickhouse": 60.0, "stripe": 60.0}
+    assert scale.max_poll_interval_ms == 30_000
+    assert all(len(scale.workers(group)) == 2 for group in ("accounts", "audit"))
+
+
 def test_the_page_tells_the_report(report: dict[str, Any]) -> None:
     """Whoever reads the page sees every death, every side and the versions; a red campaign says so."""
     told = page(report, "prove/report.json")
     assert all(f"| {kill['at_s']:.1f} | {kill['process']} | {kill['how']} |" in told for kill in report["kills"])
     assert "agree to the unit" in told
+    assert "campaign is red" not in told
     assert report["machine"]["clickhouse"] in told
     assert "campaign is red" in page({**report, "ok": False, "faults": ["something"]}, "prove/report.json")
 
