@@ -51,7 +51,7 @@ def test_a_rewrite_taken_over_by_another_fold_is_given_up() -> None:
     found.rewrite_begun(Answer("OK", -1, "COLD", 7, 5), 99.0)
     found.applied(Answer("OK", -1, "COLD", 7, 5), 5, 0, 99.1)
     assert not found.rewrite_ended(Answer("EPOCH", 5, "COLD", 8, 5))
-    assert (found.phase, found.expect) == (Phase.LIVE, None)
+    assert (found.phase, found.expect) == (Phase.REFRESH, None)
     found.applied(Answer("OK", 5, "COLD", 8, 5), 6, 0, 99.2)
     assert found.phase is Phase.BEGIN
     assert found.waits(6, 99.9)
