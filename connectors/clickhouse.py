@@ -4,9 +4,11 @@ One HTTP path in every mode. No session: in a session settings would leak from o
 """
 
 import asyncio
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ INSERT_BYTES_MAX = 32 << 20
 """Most rows, and bytes of values, of the smaller blocks that share an insert; the rest go into a further one."""
 CONNECT_TIMEOUT_S = 10
 ANSWER_TIMEOUT_S = 300
+CLOSE_S = 1
 
 MIGRATIONS = Path(__file__).parent / "clickhouse"
 _VERSIONS = """
@@ -136,10 +139,11 @@ class AuditStore:
     async def insert(self, blocks: Sequence[InsertBlock]) -> None:
         """Rows of both tables, then their manifest rows. The same call again stores nothing twice.
 
-        Runs in a thread: a cancelled call may still store its blocks, which are then merged with their retry.
+        Runs in a thread that no exit waits for, as a server that hangs holds it for long: a cancelled call may still store
+        its blocks, which are then merged with their retry.
         """
         if blocks:
-            await asyncio.to_thread(self._insert, blocks)
+            await asyncio.wrap_future(_in_daemon(lambda: self._insert(blocks)))
 
     def arrow(self, sql: str, **parameters: Any) -> pa.Table:
         """Answer as Arrow, texts as binary. `parameters` are bound to `{name:Type}`."""
@@ -190,11 +194,15 @@ class AuditStore:
         self._insert_into(table, rows, name)
 
     def close(self) -> None:
-        """Give the connections back."""
-        with self._connecting:
+        """Give the connections back. One that is just being made to a server that hangs is left to end with the process."""
+        if not self._connecting.acquire(timeout=CLOSE_S):
+            return
+        try:
             if self._client is not None:
                 self._client.close()
                 self._client = None
+        finally:
+            self._connecting.release()
 
     def _insert(self, blocks: Sequence[InsertBlock]) -> None:
         for group in inserts(blocks):
@@ -251,6 +259,24 @@ class AuditStore:
             return Unavailable(f"{self._place} is overloaded or not ready (code {code}): {said}")
         cure = _CURES.get(code or 0, "see its message")
         return Fatal(f"{self._place} refuses (code {code}), {cure}: {said}")
+
+
+def _in_daemon(work: Callable[[], None]) -> Future[None]:
+    """What a daemon thread makes of some work."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        failure: BaseException | None
+        try:
+            work()
+            failure = None
+        except BaseException as error:  # noqa: BLE001 - raised where the future is awaited
+            failure = error
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile: nobody asks any more
+            done.set_exception(failure) if failure else done.set_result(None)
+
+    threading.Thread(target=run, daemon=True, name="clickhouse insert").start()
+    return done
 
 
 def statements(text: str) -> list[str]:
