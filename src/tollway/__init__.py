@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from tollway.connectors.errors import Refused as Refused
     from tollway.connectors.errors import TollwayError as TollwayError
     from tollway.connectors.errors import Unavailable as Unavailable
+    from tollway.connectors.gate import Ask as Ask
+    from tollway.connectors.gate import Decision as Decision
+    from tollway.connectors.gate import Gate as Gate
     from tollway.connectors.identity import Bearer as Bearer
     from tollway.connectors.jwks import Jwks as Jwks
     from tollway.connectors.meter import Meter as Meter
@@ -43,6 +46,7 @@ _HOMES = {
     "connectors.denied": ("Denied",),
     "connectors.emitter": ("Emitted", "Emitter"),
     "connectors.errors": ("Fatal", "Invalid", "Refused", "TollwayError", "Unavailable"),
+    "connectors.gate": ("Ask", "Decision", "Gate"),
     "connectors.identity": ("Bearer",),
     "connectors.jwks": ("Jwks",),
     "connectors.meter": ("Meter",),
