@@ -61,7 +61,7 @@ async def rebuild(
         raise Refused(f"--partition is {numbers[-1]}: this log has partitions 0 to {count - 1}")
     if not dry_run:
         touched = [*WHAT[what], "stripe"] if what == "checkpoints" else list(WHAT[what])
-        wait_s = settings.session_timeout_ms / 1000 + 1
+        wait_s = 2 * settings.session_timeout_ms / 1000 + 2
         await refuse_members(settings.kafka_bootstrap, settings.admin_security(), touched, wait_s)
     store = audit_store(settings)
     try:
