@@ -253,6 +253,10 @@ class AuditStore:
         """What a failure means for the caller."""
         code = getattr(error, "code", None)
         said = _ECHO.sub("", " ".join(str(error).split()))[:300]
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            return Fatal(
+                f"{self._place} has a certificate that is not trusted, correct TOLLWAY_CLICKHOUSE_CA_FILE: {said}"
+            )
         if code is None and not isinstance(error, ProgrammingError):
             return Unavailable(f"{self._place} does not answer: {said}")
         if code in _RETRY:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    KafkaConnectionError,
+    TransactionalIdAuthorizationFailed,
+)
 from aiokafka.errors import KafkaError as ClientError
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic, ResourceType
 
 from tollway.connectors.errors import Refused, TollwayError, Unavailable
 from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
@@ -63,7 +67,7 @@ class Admin:
         self.said: list[str] = []
         """What the client complained about last, in its words: it tells a refused password from a broker that is away."""
         try:
-            self._client = AdminClient(
+            self.client = AdminClient(
                 {"bootstrap.servers": bootstrap, "log_level": 0, "error_cb": self._hear, **(security or {})}
             )
         except KafkaException as error:
@@ -77,10 +81,7 @@ class Admin:
 
     async def topics(self) -> dict[str, Placed]:
         """Topics that this user may see."""
-        try:
-            metadata = await asyncio.to_thread(self._client.list_topics, timeout=self._timeout_s)
-        except KafkaException as error:
-            raise self.unreached(error) from error
+        metadata = await self.cluster()
         return {
             name: Placed(
                 len(topic.partitions), min((len(row.replicas) for row in topic.partitions.values()), default=0)
@@ -88,8 +89,17 @@ class Admin:
             for name, topic in metadata.topics.items()
         }
 
+    async def cluster(self) -> ClusterMetadata:
+        """Brokers, and the topics that this user may see with their partitions."""
+        self.said.clear()
+        try:
+            return await asyncio.to_thread(self.client.list_topics, timeout=self._timeout_s)
+        except KafkaException as error:
+            raise self.unreached(error) from error
+
     def unreached(self, error: KafkaException) -> TollwayError:
         """What it means that no broker answered: Refused for a password or a certificate, else Unavailable."""
+        self.client.poll(0)  # hands over what it has complained about
         for words, cure in UNREACHED:
             found = next((said for said in reversed(self.said) if words in said), None)
             if found:
@@ -116,7 +126,7 @@ class Admin:
             if topic.name not in present
         ]
         if missing:
-            futures = self._client.create_topics(missing, operation_timeout=self._timeout_s)
+            futures = self.client.create_topics(missing, operation_timeout=self._timeout_s)
             for name, future in futures.items():
                 await self._answer(future, f"topic {name} was not created", f"allow this user Create on {name}")
         return [topic.topic for topic in missing]
@@ -136,7 +146,7 @@ class Admin:
         """The broker's id of a topic: a recreated topic has another one."""
         from confluent_kafka import TopicCollection
 
-        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)
+        futures = self.client.describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)
         cure = f"allow this user Describe on {topic}"
         found = await self._answer(futures[topic], f"topic {topic} is not there", cure, "run `tollway topics create`")
         return str(found.topic_id)
@@ -144,7 +154,7 @@ class Admin:
     async def settings_of(self, topic: str) -> dict[str, str]:
         """A topic's settings as the broker has them."""
         resource = ConfigResource(ResourceType.TOPIC, topic)
-        future = self._client.describe_configs([resource], request_timeout=self._timeout_s)[resource]
+        future = self.client.describe_configs([resource], request_timeout=self._timeout_s)[resource]
         cure = f"allow this user DescribeConfigs on the topic {topic}"
         found = await self._answer(future, f"the settings of {topic} cannot be read", cure)
         return {name: entry.value for name, entry in found.items()}
@@ -176,7 +186,7 @@ def epoch_of(topic_id: str, growth: int = 0) -> str:
 
 
 async def started_producer(bootstrap: str, security: dict[str, Any], **options: Any) -> AIOKafkaProducer:
-    """An idempotent producer, acks=all. Raises Unavailable where no broker answers."""
+    """An idempotent producer, acks=all. Raises Unavailable where no broker answers, Refused where this user may write nothing."""
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap,
         enable_idempotence=True,
@@ -190,6 +200,10 @@ async def started_producer(bootstrap: str, security: dict[str, Any], **options: 
     except KafkaConnectionError as error:
         await producer.stop()
         raise Unavailable(f"no Kafka at {bootstrap}: {error}") from error
+    except (ClusterAuthorizationFailedError, TransactionalIdAuthorizationFailed) as error:
+        await producer.stop()
+        text = f"this user may not write to Kafka at {bootstrap} ({type(error).__name__})"
+        raise Refused(f"{text}: allow it Write on its topics, and on its transactional-id where it has one") from error
     return producer
 
 

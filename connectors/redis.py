@@ -120,10 +120,14 @@ async def check(client: Redis, *, allow_volatile: bool = False) -> None:
             return
         found = {**await client.config_get("maxmemory-policy"), **await client.config_get("appendonly")}
     except AuthenticationError as error:
-        raise Refused(f"Redis refused the password: correct the one in TOLLWAY_REDIS_URL ({error})") from error
+        raise Refused(f"Redis refused user and password ({error}): correct those in TOLLWAY_REDIS_URL") from error
     except ResponseError as error:
         raise Refused(f"Redis does not say whether it evicts keys (CONFIG GET: {error}): allow CONFIG GET") from error
     except (RedisError, OSError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise Refused(
+                f"the certificate of Redis is not trusted ({error}): correct TOLLWAY_REDIS_CA_FILE"
+            ) from error
         raise Unavailable(f"Redis does not answer: {error}") from error
     settings = {_text(name): _text(value) for name, value in found.items()}
     for name, wanted in (("maxmemory-policy", "noeviction"), ("appendonly", "yes")):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from tollway.connectors.errors import Refused, TollwayError, Unavailable
 from tollway.schemas.evolution import SchemaError
 from tollway.streams import cli_accounts, cli_control, cli_looks, cli_rebuild, cli_setup
-from tollway.streams.cli_words import Data, Json, read_settings
+from tollway.streams.cli_words import Data, Json, do, read_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,11 +56,15 @@ def worker(
 ) -> None:
     """Run one worker until SIGTERM; more of them share the partitions. Exit 75: a part is away, start it again."""
     from tollway.streams.app import run
+    from tollway.streams.topic_faults import refuse_unsafe
     from tollway.streams.worker import GROUPS
 
     if group != "all" and group not in GROUPS:
         raise Refused(f"--group is {group!r}: give one of {', '.join(GROUPS)}, all")
-    failure = run(read_settings(data), list(GROUPS) if group == "all" else [group])
+    settings = read_settings(data)
+    with suppress(Unavailable):  # that is the folds' to say; what Kafka refuses is one sentence, before Faust connects
+        do(refuse_unsafe(settings))
+    failure = run(settings, list(GROUPS) if group == "all" else [group])
     if isinstance(failure, Unavailable):
         sys.stderr.write(f"tollway: {failure}\n")
         raise typer.Exit(os.EX_TEMPFAIL)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tollway.connectors.errors import Refused
 from tollway.streams.cli_words import Data, Json, do, read_settings, say, table
 
 app = typer.Typer()
@@ -95,16 +96,26 @@ def _print_status(found: dict[str, Any]) -> None:
 
 
 @app.command()
-def doctor(data: Data = None, as_json: Json = False) -> None:
+def doctor(
+    role: Annotated[
+        str,
+        typer.Option(help="Whose rights are asked for: emitter, accounts, audit, stripe, gate, control, look or all."),
+    ] = "all",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
     """Look at every connection, right, setting and clock, and say what is wrong; exit 1 where anything is."""
+    from tollway.connectors.rights import ROLES
     from tollway.streams.doctor import examine
-    from tollway.streams.examination import Finding
+    from tollway.streams.examination import ALL, Finding
 
     def tell(found: Finding) -> None:
         cure = f"; {found.cure}" if found.cure else ""
         print(f"{'ok ' if found.ok else 'BAD'}  {found.part}: {found.what}{cure}", flush=True)
 
-    findings = do(examine(read_settings(data), on_found=(lambda _: None) if as_json else tell))
+    if role not in {*ROLES, ALL}:
+        raise Refused(f"--role is {role!r}: give one of {', '.join(ROLES)}, {ALL}")
+    findings = do(examine(read_settings(data), role=role, on_found=(lambda _: None) if as_json else tell))
     ok = all(found.ok for found in findings)
     if as_json:
         say({"ok": ok, "findings": [vars(found) for found in findings]}, as_json)

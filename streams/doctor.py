@@ -10,13 +10,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from redis.asyncio import Redis
+
 from tollway.connectors.clickhouse import MIGRATIONS, AuditStore
 from tollway.connectors.control import Signer
 from tollway.connectors.errors import Refused
 from tollway.connectors.redis import check
 from tollway.connectors.stripe import Meter, meter_fault
+from tollway.schemas.lane import tag
 from tollway.streams.doctor_kafka import LogFacts, kafka
 from tollway.streams.examination import FAILED, Abandonable, Examination, Finding, one_line, split
+from tollway.streams.schema_registry import PUBLISH, registry_report
 from tollway.streams.settings import Settings
 from tollway.streams.stripe_fold import TEST_KEYS
 from tollway.streams.wiring import audit_store, redis_client, stripe_port
@@ -24,6 +28,19 @@ from tollway.streams.worker import public_key_of
 
 MEMORY_FULL_PERCENT = 90
 TABLES = ("usage_log", "usage_events", "audit_manifest")
+EVERYTHING = frozenset({"data", "kafka", "key", "redis", "clickhouse", "registry", "stripe"})
+LOOKS = {
+    "emitter": frozenset({"kafka"}),
+    "accounts": frozenset({"data", "kafka", "key", "redis", "registry"}),
+    "audit": frozenset({"data", "kafka", "key", "clickhouse", "registry"}),
+    "stripe": frozenset({"data", "kafka", "stripe", "registry"}),
+    "gate": frozenset({"redis"}),
+    "control": frozenset({"data", "kafka", "key", "registry"}),
+    "look": frozenset({"kafka", "redis", "clickhouse"}),
+}
+"""role → what it is connected to; any other is asked everything."""
+NEVER = "~doctor"
+"""`~` is in no id: such a key never exists, and deleting a field of it changes nothing but needs the right to write."""
 MIGRATE = "run `tollway audit migrate`"
 
 
@@ -33,10 +50,15 @@ async def examine(settings: Settings, **options: Any) -> list[Finding]:
     for client in ("aiokafka", "clickhouse_connect", "stripe"):
         logging.getLogger(client).setLevel(logging.CRITICAL)  # what they raise says it all
     exam = Examination(settings, **options)
-    data_folder(exam)
-    facts, *_ = await asyncio.gather(kafka(exam), redis(exam), clickhouse(exam))
-    keys(exam, facts)
-    await stripe(exam, facts.meters)
+    parts = LOOKS.get(exam.role, EVERYTHING)
+    looks = {"kafka": kafka, "redis": redis, "clickhouse": clickhouse, "registry": registry}
+    if "data" in parts:
+        data_folder(exam)
+    facts, *_ = await asyncio.gather(*(look(exam) for part, look in looks.items() if part in parts))
+    if "key" in parts and facts is not None:
+        keys(exam, facts)
+    if "stripe" in parts and facts is not None:
+        await stripe(exam, facts.meters)
     return exam.findings
 
 
@@ -89,19 +111,33 @@ async def redis(exam: Examination) -> None:
     if await exam.ask("redis", check(client, allow_volatile=True), cure) is FAILED:
         return
     exam.well("redis", "it answers and takes the password")
-    if await exam.ask("redis", check(client), cure) is not FAILED:
+    fold, gate = exam.role not in ("gate", "look"), exam.role != "look"
+    if fold and await exam.ask("redis", check(client), cure) is not FAILED:
         exam.well("redis", "it evicts no keys and keeps an append-only file")
     asked_s = exam.clock_s()
     now = await exam.ask("redis", client.time(), "allow this user the command TIME")
     if now is not FAILED:
         exam.clock("redis", now[0] + now[1] / 1e6, asked_s)
+    told: Any = await exam.ask("redis", client.info(), "allow this user the command INFO") if fold else FAILED
+    for what, cure in redis_faults(told) if told is not FAILED else []:
+        exam.ill("redis", what, cure)
+    if gate and (told is FAILED or told.get("role") == "master"):
+        await _redis_writes(exam, client, ("p:", "s:") if fold else ("s:",))
+    await client.aclose()
+
+
+async def _redis_writes(exam: Examination, client: Redis, kinds: tuple[str, ...]) -> None:
+    """Scripts run, and keys of the lanes can be written; nothing is."""
     cure = "allow this user EVAL, EVALSHA and SCRIPT LOAD: totals are written by scripts"
     if await exam.ask("redis", client.eval("return 1", 0), cure) is not FAILED:
         exam.well("redis", "it runs scripts")
-    told = await exam.ask("redis", client.info(), "allow this user the command INFO")
-    for what, cure in redis_faults(told) if told is not FAILED else []:
-        exam.ill("redis", what, cure)
-    await client.aclose()
+    for kind in kinds:
+        cure = (
+            f"allow this user to write keys like tw:{{???}}:{kind}*, as `ACL SETUSER` of the role in docs/operating.md"
+        )
+        if await exam.ask("redis", client.hdel(f"{tag(0)}{kind}{NEVER}", NEVER), cure) is FAILED:
+            return
+    exam.well("redis", "this user may write what its role writes")
 
 
 def redis_faults(told: dict[str, Any]) -> list[tuple[str, str]]:
@@ -143,7 +179,7 @@ async def clickhouse(exam: Examination) -> None:
     store = audit_store(settings)
     if await _migrated(exam, server, store):
         for table in TABLES:
-            await _table_rights(exam, store, table)
+            await _table_rights(exam, store, table, writes=exam.role != "look")
 
 
 async def _migrated(exam: Examination, server: AuditStore, store: AuditStore) -> bool:
@@ -182,16 +218,34 @@ def migration_faults(applied: dict[int, tuple[str, str]], folder: Path) -> list[
     return faults + [(f"it has {name} of a newer Tollway", "upgrade this one") for name in newer]
 
 
-async def _table_rights(exam: Examination, store: AuditStore, table: str) -> None:
+async def _table_rights(exam: Examination, store: AuditStore, table: str, *, writes: bool) -> None:
     """Reading and writing are asked for with no rows in them, which stores nothing."""
-    for right, sql in (
-        ("SELECT", f"SELECT 1 FROM {table} LIMIT 0"),
-        ("INSERT", f"INSERT INTO {table} SELECT * FROM {table} WHERE 0"),
-    ):
+    asked = [("SELECT", f"SELECT 1 FROM {table} LIMIT 0")]
+    if writes:
+        asked.append(("INSERT", f"INSERT INTO {table} SELECT * FROM {table} WHERE 0"))
+    for right, sql in asked:
         cure = f"grant this user {right} on {store.database}.{table}"
         if await exam.ask("clickhouse", asyncio.to_thread(store.command, sql), cure) is FAILED:
             return
-    exam.well("clickhouse", f"{table} can be read and written")
+    exam.well("clickhouse", f"{table} can be read{' and written' if writes else ''}")
+
+
+async def registry(exam: Examination) -> None:
+    """Where a schema registry is set, it has our schemas and protects them."""
+    settings = exam.settings
+    if not settings.schema_registry_url:
+        return
+    report = await exam.ask("registry", registry_report(settings), "start it, or correct TOLLWAY_SCHEMA_REGISTRY_URL")
+    if report is FAILED:
+        return
+    for what in report["faults"]:
+        exam.ill("registry", what, PUBLISH)
+    for subject in report["newer"]:
+        exam.ill(
+            "registry", f"{subject} has a version that this Tollway does not know", "deploy workers before emitters"
+        )
+    if not report["faults"] and not report["newer"]:
+        exam.well("registry", f"{settings.schema_registry_url} has this version's schemas")
 
 
 async def stripe(exam: Examination, declared: dict[str, str | None] | None) -> None:

@@ -1,29 +1,33 @@
 """What `tollway doctor` asks Kafka: brokers, topics, replicas, rights, its clock, and what the log says about itself."""
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.client import AIOKafkaClient, CoordinationType
+from aiokafka.errors import CoordinatorNotAvailableError, TransactionalIdAuthorizationFailed
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource, ResourceType
 
 from tollway.connectors.errors import Refused, Unavailable
-from tollway.connectors.kafka import epoch_of, read_newest
+from tollway.connectors.kafka import Admin, epoch_of, read_newest
+from tollway.connectors.rights import CLUSTER, KAFKA, KafkaRight, kafka_rights
 from tollway.schemas import codec
 from tollway.schemas.command import LogConfig, parse_body
-from tollway.schemas.topics import TOPICS, USAGE
+from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
 from tollway.streams.directory import Directory
-from tollway.streams.examination import CLOCKS_APART_MAX_S, DEADLINE_S, FAILED, Examination, one_line
+from tollway.streams.examination import ALL, CLOCKS_APART_MAX_S, DEADLINE_S, FAILED, Examination, one_line
 from tollway.streams.settings import Settings
 from tollway.streams.status import checkpoints_of
 from tollway.streams.topic_faults import topics_faults
-from tollway.streams.worker import GROUPS
+from tollway.streams.wiring import kafka_admin
 
 RECENT_S = 60
 """With workers running a record comes at least every TOLLWAY_TICK_IDLE_S: an older one tells nothing about clocks."""
-RIGHTS = {AclOperation.READ, AclOperation.WRITE, AclOperation.DESCRIBE}
+OURS = frozenset(topic.name for topic in TOPICS)
 NO_ID = "A" * 22
 """A topic id of zeros: the broker has none."""
 NOT_YET = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
@@ -40,43 +44,47 @@ class LogFacts:
 
 
 async def kafka(exam: Examination) -> LogFacts:
-    """All that is asked; what stands on a failed answer is not asked."""
+    """All that is asked; what stands on a failed answer, or needs a right that the role lacks, is not asked."""
     settings = exam.settings
     cure = "start it, or correct TOLLWAY_KAFKA_BOOTSTRAP and the other TOLLWAY_KAFKA_ settings"
-    client = await exam.ask("kafka", asyncio.to_thread(connect, settings), cure)
-    if client is FAILED:
+    admin = await exam.ask("kafka", connect(settings), cure)
+    if admin is FAILED:
         return LogFacts()
-    cluster = await exam.ask("kafka", asyncio.to_thread(metadata, client, settings.kafka_bootstrap), cure)
+    cluster = await exam.ask("kafka", admin.cluster(), cure)
     if cluster is FAILED:
         return LogFacts()
     exam.well("kafka", f"it answers at {settings.kafka_bootstrap}, brokers: {len(cluster.brokers)}")
-    await _broker_settings(exam, client, cluster)
-    if not await _topics(exam):
+    wanted = rights_of(exam.role)
+    if CLUSTER in wanted:
+        await _broker_settings(exam, admin.client, cluster)
+    if not await _topics(exam, cluster, wanted):
         return LogFacts()
     _replicas(exam, cluster)
-    epoch = await _rights(exam, client)
+    epoch = await _rights(exam, admin.client, wanted)
     partitions = len(cluster.topics[USAGE.name].partitions)
-    await _clock(exam, partitions)
-    return await _log(exam, epoch) if epoch else LogFacts()
+    if may(wanted, "Read", USAGE.name):
+        await _clock(exam, partitions)
+    return await _log(exam, epoch, wanted) if epoch and may(wanted, "Read", CHECKPOINTS.name) else LogFacts()
 
 
-def connect(settings: Settings) -> AdminClient:
-    """An admin client; nothing is sent yet. Raises Refused where its settings cannot be used."""
-    quiet = {"log_level": 0, "error_cb": lambda _: None}
+def rights_of(role: str) -> list[KafkaRight]:
+    """The rights to ask for."""
+    return kafka_rights(KAFKA if role == ALL else [role])
+
+
+def may(wanted: list[KafkaRight], operation: str, topic: str) -> bool:
+    """Whether the role has this right."""
+    return any(right.kind == "topic" and right.name == topic and operation in right.operations for right in wanted)
+
+
+async def connect(settings: Settings) -> Admin:
+    """An admin client that waits less than a look; nothing is sent yet. Raises Refused where its settings cannot be used."""
     try:
         settings.kafka_security()  # the consumers' side reads the CA file here
-        return AdminClient({"bootstrap.servers": settings.kafka_bootstrap, **quiet, **settings.admin_security()})
-    except (KafkaException, OSError, ValueError) as error:
+        return kafka_admin(settings.model_copy(update={"kafka_admin_timeout_s": DEADLINE_S - 1}))
+    except (OSError, ValueError) as error:
         text = f"the TLS or SASL settings cannot be used ({one_line(error)})"
         raise Refused(f"{text}: correct TOLLWAY_KAFKA_CA_FILE and the other TOLLWAY_KAFKA_ settings") from error
-
-
-def metadata(client: AdminClient, where: str) -> ClusterMetadata:
-    """Brokers, topics, partitions. Raises Unavailable where no broker answers."""
-    try:
-        return client.list_topics(timeout=DEADLINE_S - 1)
-    except KafkaException as error:
-        raise Unavailable(f"no Kafka at {where}: {one_line(error)}") from error
 
 
 async def _broker_settings(exam: Examination, client: AdminClient, cluster: ClusterMetadata) -> None:
@@ -87,7 +95,7 @@ async def _broker_settings(exam: Examination, client: AdminClient, cluster: Clus
         exam.ill("kafka", what, "start the others, or lower TOLLWAY_REPLICATION")
     broker = ConfigResource(ResourceType.BROKER, str(min(cluster.brokers)))
     future = client.describe_configs([broker], request_timeout=DEADLINE_S)[broker]
-    cure = "allow this user DESCRIBE_CONFIGS on the cluster"
+    cure = "allow this user DescribeConfigs on the cluster"
     told = await exam.ask("kafka", asyncio.to_thread(future.result), cure)
     if told is FAILED:
         return
@@ -111,24 +119,36 @@ def broker_faults(actual: dict[str, str | None], replication: int) -> list[str]:
     return faults
 
 
-async def _topics(exam: Examination) -> bool:
-    """Whether the log's topics are all there; what is unsafe about them is found."""
-    cure = "allow this user DESCRIBE and DESCRIBE_CONFIGS on the log's topics"
-    faults = await exam.ask("kafka", topics_faults(exam.settings), cure)
+async def _topics(exam: Examination, cluster: ClusterMetadata, wanted: list[KafkaRight]) -> bool:
+    """Whether the topics that the role needs are there; what is unsafe about them is found, where it may look."""
+    needed = [topic for topic in TOPICS if may(wanted, "DescribeConfigs", topic.name)]
+    if not needed:
+        return _log_is_there(exam, cluster)
+    faults = await exam.ask("kafka", topics_faults(exam.settings), "allow this user Describe and DescribeConfigs")
     if faults is FAILED:
         return False
-    missing = [fault for fault in faults if fault.setting == "topic"]
     for fault in faults:
         exam.ill("kafka", f"{fault.topic}: {fault.what} ({fault.why})", fault.cure)
     if not faults:
         exam.well("kafka", f"the log's {len(TOPICS)} topics have the settings they need")
-    return not missing
+    return not any(fault.setting == "topic" for fault in faults)
+
+
+def _log_is_there(exam: Examination, cluster: ClusterMetadata) -> bool:
+    """For who writes to the log and sees nothing else."""
+    if USAGE.name in cluster.topics:
+        return True
+    cure = f"run `tollway topics create`, or allow this user Write on the topic {USAGE.name}"
+    exam.ill("kafka", f"topic {USAGE.name} is not there, or this user may not see it", cure)
+    return False
 
 
 def _replicas(exam: Examination, cluster: ClusterMetadata) -> None:
     """Each partition has a leader, as many copies as we want, all of them up to date."""
     least, faults = exam.settings.replication, []
     for topic in TOPICS:
+        if topic.name not in cluster.topics:
+            continue
         rows = cluster.topics[topic.name].partitions.values()
         headless = sorted(row.id for row in rows if row.leader < 0)
         behind = sorted(row.id for row in rows if len(row.isrs) < len(row.replicas))
@@ -145,38 +165,61 @@ def _replicas(exam: Examination, cluster: ClusterMetadata) -> None:
         exam.well("kafka", "every partition has its leader and its copies")
 
 
-async def _rights(exam: Examination, client: AdminClient) -> str | None:
+async def _rights(exam: Examination, client: AdminClient, wanted: list[KafkaRight]) -> str | None:
     """What the brokers say this user may do with topics and groups; the log's epoch, where it can be told."""
-    names = TopicCollection([topic.name for topic in TOPICS])
-    asked = client.describe_topics(names, include_authorized_operations=True, request_timeout=DEADLINE_S)
+    rights = {right.name: right for right in wanted if right.kind == "topic" and right.name in OURS}
+    asked = client.describe_topics(
+        TopicCollection(list(rights)), include_authorized_operations=True, request_timeout=DEADLINE_S
+    )
     topic_id, lacking = "", False
     for name, future in asked.items():
-        cure = f"allow this user READ, WRITE and DESCRIBE on the topic {name}"
+        cure = f"allow this user {' and '.join(rights[name].operations)} on the topic {name}"
         told = await exam.ask("kafka", asyncio.to_thread(future.result), cure)
         if told is FAILED:
             lacking = True
             continue
-        missing = sorted(right.name for right in RIGHTS - set(told.authorized_operations or RIGHTS))
+        have = {each.name for each in told.authorized_operations or ()}
+        missing = [each for each in rights[name].operations if have and upper(each) not in have]
         if missing:
             lacking = True
             exam.ill("kafka", f"this user lacks {' and '.join(missing)} on the topic {name}", cure)
         if name == USAGE.name:
             topic_id = str(told.topic_id)
-    for group in GROUPS:
-        name = f"tollway.{group}"
-        cure = f"allow this user READ and DESCRIBE on the group {name}"
-        told = await exam.ask("kafka", asyncio.to_thread(_group, client, name), cure)
-        lacking = lacking or told is FAILED
+    for right in wanted:
+        if right.kind in ("group", "transactional-id"):
+            cure = f"allow this user {' and '.join(right.operations)} on the {right.kind} {right.name}"
+            told = await exam.ask("kafka", _asked(exam.settings, client, right), cure)
+            lacking = lacking or told is FAILED
     if not lacking:
-        exam.well("kafka", "this user may read and write the log's topics and join its groups")
+        exam.well("kafka", f"this user may do with topics and groups what the role {exam.role} needs")
     if topic_id == NO_ID:
-        exam.ill(
-            "kafka",
-            "the brokers give topics no ids",
-            "run Kafka 2.8 or newer: an id tells a recreated log from the old",
-        )
+        cure = "run Kafka 2.8 or newer: an id tells a recreated log from the old"
+        exam.ill("kafka", "the brokers give topics no ids", cure)
         return None
     return epoch_of(topic_id) if topic_id else None
+
+
+def upper(operation: str) -> str:
+    """DescribeConfigs → DESCRIBE_CONFIGS, as librdkafka says it."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).upper()
+
+
+async def _asked(settings: Settings, client: AdminClient, right: KafkaRight) -> None:
+    """Raises Refused where this user lacks a right on a group, or sees nothing of a transactional id."""
+    name = f"{right.name}doctor" if right.prefixed else right.name
+    if right.kind == "group":
+        await asyncio.to_thread(_group, client, name)
+        return
+    finder = AIOKafkaClient(bootstrap_servers=settings.kafka_bootstrap, **settings.kafka_security())
+    try:
+        await finder.bootstrap()
+        await finder.coordinator_lookup(CoordinationType.TRANSACTION, name)
+    except TransactionalIdAuthorizationFailed as error:
+        raise Refused(f"this user lacks Write on the transactional-id {right.name}*: allow it") from error
+    except CoordinatorNotAvailableError:
+        return  # allowed to ask; the first question wakes it
+    finally:
+        await finder.close()
 
 
 def _group(client: AdminClient, name: str) -> None:
@@ -193,8 +236,8 @@ def _group(client: AdminClient, name: str) -> None:
                 time.sleep(0.2)
                 continue
             raise Unavailable(f"group {name}: {one_line(error)}") from error
-        if AclOperation.READ not in (told.authorized_operations or RIGHTS):
-            raise Refused(f"this user lacks READ on the group {name}: allow it")
+        if AclOperation.READ not in (told.authorized_operations or {AclOperation.READ}):
+            raise Refused(f"this user lacks Read on the group {name}: allow it")
         return
 
 
@@ -218,7 +261,7 @@ async def _clock(exam: Examination, partitions: int) -> None:
         exam.well("kafka", f"its newest record is less than {RECENT_S} s old, none is in our future")
 
 
-async def _log(exam: Examination, epoch: str) -> LogFacts:
+async def _log(exam: Examination, epoch: str, wanted: list[KafkaRight]) -> LogFacts:
     """Configuration, keys and meters, of partition 0: what concerns all accounts stands in every partition."""
     cure = "see `tollway status`; the state of partition 0 may be too large to read in time"
     found = await exam.ask("log", checkpoints_of(exam.settings, epoch, 1, ["accounts"]), cure)
@@ -230,7 +273,7 @@ async def _log(exam: Examination, epoch: str) -> LogFacts:
         return LogFacts()
     directory = Directory.load(found["accounts", 0].state["directory"])
     facts = LogFacts(directory.config, directory.keys, directory.meters)
-    if facts.config is None:  # nothing is folded yet: its first record says it
+    if facts.config is None and may(wanted, "Read", USAGE.name):  # nothing is folded yet: its first record says it
         first = await exam.ask("log", _opened(exam.settings), "run `tollway topics create`")
         if first is FAILED:
             return LogFacts()

@@ -22,6 +22,8 @@ DISK_FREE_MIN_BYTES = 1 << 30
 SAID_MAX = 240
 """Characters of what an error says; clients wrap the cause in much of their own."""
 FAILED = object()
+ALL = "all"
+"""No role of `connectors.rights`: whoever has every right of every role."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Examination:
     """The settings under examination and what was found so far; `on_found` hears each finding at once."""
 
     settings: Settings
+    role: str = ALL
     clock_s: Callable[[], float] = time.time
     disk_free_min_bytes: int = DISK_FREE_MIN_BYTES
     on_found: Callable[[Finding], None] = lambda finding: None

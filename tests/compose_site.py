@@ -16,7 +16,7 @@ from tollway.connectors.embedded.valkey import binary
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-ONCE = {"topics", "tables"}
+ONCE = {"topics", "schemas", "tables"}
 DEADLINE_S = 90
 
 
@@ -129,6 +129,7 @@ class Site:
             given["TOLLWAY_STRIPE_URL"] = self.addresses["https://api.stripe.com"]
         if given.get("TOLLWAY_HEALTH_PORT"):
             given["TOLLWAY_HEALTH_PORT"] = str(self.port(service))
+        given.pop("TOLLWAY_SCHEMA_REGISTRY_URL", None)  # a real one is another lane: tests/test_registry.py
         return {**given, "TOLLWAY_DATA": str(self.data(service))}
 
     def port(self, service: str) -> int:

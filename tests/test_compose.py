@@ -32,9 +32,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 STRIPE_KEY = "rk_test_compose"
 
 
-def config(variables: dict[str, str], *options: str, file: Path = FILE) -> "subprocess.CompletedProcess[str]":
-    """What Compose makes of a file."""
-    return run("docker-compose", "--env-file", os.devnull, "--file", file, "config", *options, env=variables)
+def config(
+    variables: dict[str, str], *options: str, files: tuple[Path, ...] = (FILE,)
+) -> "subprocess.CompletedProcess[str]":
+    """What Compose makes of a file, or of several over each other."""
+    given = [part for file in files for part in ("--file", file)]
+    return run("docker-compose", "--env-file", os.devnull, *given, "config", *options, env=variables)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_compose_takes_the_file(variables: dict[str, str], tmp_path: Path) -> No
     assert schema_check(FILE).returncode == 0
     spoilt = tmp_path / "docker-compose.yml"
     spoilt.write_text(FILE.read_text(encoding="utf-8").replace("depends_on:", "depends_onn:", 1), encoding="utf-8")
-    assert config(variables, "--quiet", file=spoilt).returncode != 0
+    assert config(variables, "--quiet", files=(spoilt,)).returncode != 0
     assert schema_check(spoilt).returncode != 0
 
 
@@ -164,6 +167,44 @@ def test_workers_run_with_nothing_they_do_not_need(composed: dict[str, Any]) -> 
     for service in workers(composed).values():
         assert service["read_only"] is True
         assert {mount.partition(":")[0] for mount in service["tmpfs"]} == {"/var/lib/tollway", "/tmp"}
+
+
+def test_a_further_worker_extends_one(variables: dict[str, str], tmp_path: Path) -> None:
+    """A worker that is to come, with a port and a folder of its own, is a few lines beside the file, and gets no other's secret."""
+    more = tmp_path / "more.yml"
+    more.write_text(
+        f"""
+services:
+  ingest:
+    extends: {{file: {FILE}, service: stripe}}
+    command: [worker, --group, all]
+    environment: {{TOLLWAY_STRIPE_KEY: !reset null, TOLLWAY_SPOOL_DIR: /var/lib/tollway/spool}}
+    ports: ["127.0.0.1:8080:8080"]
+    volumes: ["spool:/var/lib/tollway/spool"]
+volumes: {{spool: }}
+""",
+        encoding="utf-8",
+    )
+    done = config(variables, "--format", "json", files=(FILE, more))
+    assert done.returncode == 0, done.stderr
+    ingest = json.loads(done.stdout)["services"]["ingest"]
+    assert ingest["read_only"] is True
+    assert ingest["depends_on"]["topics"]["condition"] == "service_completed_successfully"
+    assert {key for key, value in variables.items() if value in json.dumps(ingest)} == {
+        "TOLLWAY_PUBLIC_KEY",
+        "TOLLWAY_DEPLOYMENT",
+    }
+
+
+def test_the_registry_is_asked_by_all_workers(composed: dict[str, Any]) -> None:
+    """Schemas are published before any worker compares, at the registry's own address."""
+    services = composed["services"]
+    port = next(port["target"] for port in services["registry"]["ports"])
+    for name in (*workers(composed), "schemas", "topics"):
+        url = services[name]["environment"]["TOLLWAY_SCHEMA_REGISTRY_URL"]
+        assert url == f"http://registry:{port}/apis/ccompat/v7"
+    for name in workers(composed):
+        assert services[name]["depends_on"]["schemas"]["condition"] == "service_completed_successfully"
 
 
 def test_kafka_is_set_as_in_the_local_stack(composed: dict[str, Any]) -> None:

@@ -266,7 +266,7 @@ async def test_a_right_that_is_lacking(good: Settings, kind: ResourceType, name:
     await asyncio.gather(*(asyncio.to_thread(f.result, DEADLINE_S) for f in admin.create_acls(rules).values()))
     try:
         said = [one for part in faults(await examine(good)).values() for one in part]
-        assert any(f"lacks {operation.name} on the" in one and name in one for one in said), said
+        assert any(f"lacks {operation.name.capitalize()} on the" in one and name in one for one in said), said
     finally:
         filters = [filter_of(one) for one in rules]
         await asyncio.gather(*(asyncio.to_thread(f.result, DEADLINE_S) for f in admin.delete_acls(filters).values()))
