@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ SPOOL_BYTES_MAX = 1 << 30
 SPOOL_EVENTS_MAX = 5_000_000
 MEMORY_BYTES_MAX = 64 << 20
 EVENTS_MIN = 8
-_ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+elapsed_s = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+"""Seconds since some start, never set, a machine's sleep included where the system counts it."""
 PARTS = 8
 """Segments that a full spool has at least: `drop_oldest` gives up one of them at a time."""
 SECURITY = (
@@ -90,11 +92,6 @@ def spool_folder(spool_dir: str | Path | None) -> Path:
     except OSError as error:
         raise unwritable(root, error) from error
     return root
-
-
-def elapsed_s() -> float:
-    """Seconds since some start, never set, a machine's sleep included where the system counts it."""
-    return time.clock_gettime(_ELAPSED)
 
 
 def unwritable(root: Path | None, error: OSError) -> Refused:

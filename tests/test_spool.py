@@ -177,12 +177,14 @@ def test_successor_takes_what_is_left(tmp_path: Path) -> None:
     assert Spool.adopt(tmp_path / SOURCE, tally) is None
     first, _ = spool.take()
     spool.settle(spool.position)
+    append(spool, tally, range(300, 400))
+    spool.take()  # in flight when it dies
     spool.save_position()
     die(spool)
     successor = Spool.adopt(tmp_path / SOURCE, Tally())
     assert successor is not None
     assert successor.source == SOURCE
-    assert drain(successor) == [frame(n) for n in range(len(first), 300)]
+    assert drain(successor) == [frame(n) for n in range(len(first), 400)]
     successor.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -324,6 +326,18 @@ def test_what_cannot_be_deleted_is_tried_again(tmp_path: Path, monkeypatch: pyte
     assert drain(spool)[-1] == frame(299)
     spool.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_to_drop(tmp_path: Path) -> None:
+    """Where the disk takes no new segment nothing is dropped to make room in the last one, and nothing is raised."""
+    tally = Tally()
+    spool = made(tmp_path, tally, segment_bytes=1 << 20)
+    append(spool, tally, range(200, 210))
+    (tmp_path / SOURCE).rename(tmp_path / "elsewhere")
+    assert not spool.drop_oldest()
+    (tmp_path / "elsewhere").rename(tmp_path / SOURCE)
+    assert drain(spool) == [frame(n) for n in range(200, 210)]
+    assert tally.dropped == 0
 
 
 def test_an_own_segment_cut_by_someone_is_a_loss(tmp_path: Path) -> None:
