@@ -6,7 +6,7 @@ from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, Kaf
 
 from tests.oracle_book import Record
 
-BATCH, WAIT_S = 2_000, 0.1
+BATCH, WAIT_S, ASK_S = 2_000, 0.1, 5.0
 STALLED_S = 30.0
 """No record within this time before the end: the broker is not answering."""
 
@@ -15,10 +15,20 @@ class Log:
     """One topic from its first record on. `read()` returns what has been appended since the last call."""
 
     def __init__(self, bootstrap: str, topic: str, gapless: bool = False) -> None:
-        self.topic, self.gapless = topic, gapless
-        self.consumer = Consumer(
+        self.bootstrap, self.topic, self.gapless = bootstrap, topic, gapless
+        self.consumer = self._consumer()
+        listed = self.consumer.list_topics(topic, timeout=15).topics[topic]
+        if listed.error:
+            raise KafkaException(listed.error)
+        self.partitions = len(listed.partitions)
+        self.next = dict.fromkeys(range(self.partitions), 0)
+        self._found: list[Record] = []
+        self._assign()
+
+    def _consumer(self) -> Consumer:
+        return Consumer(
             {
-                "bootstrap.servers": bootstrap,
+                "bootstrap.servers": self.bootstrap,
                 "group.id": "oracle",
                 "enable.auto.commit": False,
                 "auto.offset.reset": "error",
@@ -28,18 +38,14 @@ class Log:
                 "log_level": 2,
             }
         )
-        listed = self.consumer.list_topics(topic, timeout=15).topics[topic]
-        if listed.error:
-            raise KafkaException(listed.error)
-        self.partitions = len(listed.partitions)
-        self.next = dict.fromkeys(range(self.partitions), 0)
-        self._found: list[Record] = []
-        self.consumer.assign([TopicPartition(topic, number, 0) for number in range(self.partitions)])
+
+    def _assign(self) -> None:
+        self.consumer.assign([TopicPartition(self.topic, number, offset) for number, offset in self.next.items()])
 
     def ends(self) -> dict[int, int]:
         """High watermark of every partition, asked of the broker."""
         return {
-            number: self.consumer.get_watermark_offsets(TopicPartition(self.topic, number), timeout=15)[1]
+            number: self.consumer.get_watermark_offsets(TopicPartition(self.topic, number), timeout=ASK_S)[1]
             for number in range(self.partitions)
         }
 
@@ -48,6 +54,18 @@ class Log:
 
         Raises KafkaException while the broker is away; what it had given by then comes with the next call.
         """
+        try:
+            self._read()
+        except (KafkaException, TimeoutError):
+            # A client whose broker died may believe for minutes that the topic has no partitions.
+            self.consumer.close()
+            self.consumer = self._consumer()
+            self._assign()
+            self._read()
+        found, self._found = self._found, []
+        return found
+
+    def _read(self) -> None:
         missing = {number for number, end in self.ends().items() if end > self.next[number]}
         ends = self.ends()
         until = time.monotonic() + STALLED_S
@@ -68,8 +86,6 @@ class Log:
                     raise KafkaException(message.error())
                 if self.next[number] >= ends[number]:
                     missing.discard(number)
-        found, self._found = self._found, []
-        return found
 
     def _record(self, message) -> Record:  # type: ignore[no-untyped-def]
         kind, append_ms = message.timestamp()

@@ -54,11 +54,13 @@ class Look:
         try:
             committed = self.consumer.committed(self.partitions, timeout=ASK_S)
             asked = {each: OffsetSpec.latest() for each in self.partitions}
-            found = self.admin.list_offsets(asked, request_timeout=ASK_S)
-            ends = {each.partition: future.result(ASK_S).offset for each, future in found.items()}
+            asking = self.admin.list_offsets(asked, request_timeout=ASK_S)
+            ends = {each.partition: future.result(ASK_S).offset for each, future in asking.items()}
         except (KafkaException, TimeoutError):
             return None
-        return Reading(time.monotonic(), ends, {each.partition: max(0, each.offset) for each in committed})
+        found = Reading(time.monotonic(), ends, {each.partition: max(0, each.offset) for each in committed})
+        # A broker that has just come back tells ends that it has not recovered yet.
+        return found if all(done <= ends[number] for number, done in found.done.items()) else None
 
     def close(self) -> None:
         self.consumer.close()
