@@ -51,8 +51,10 @@ def timed_progress() -> Progress:
     return progress
 
 
-def local_stack(data: Path, progress: Progress, *, test_windows: bool = False, workers: bool = True) -> Stack:
-    """The stack of a data folder, not started: parts, then `prepare`, then one worker a group."""
+def local_stack(
+    data: Path, progress: Progress, *, test_windows: bool = False, workers: bool = True, brokers: int = 1
+) -> Stack:
+    """The stack of a data folder, not started: parts, then `prepare`, then one worker a group. `brokers`: 1 or 3."""
     data = data.absolute()
     windows = TEST_WINDOWS if test_windows else {}
 
@@ -66,6 +68,7 @@ def local_stack(data: Path, progress: Progress, *, test_windows: bool = False, w
         prepare=prepare,
         progress=progress,
         kafka_settings={"group.min.session.timeout.ms": "500"},
+        brokers=brokers,
     )
 
 

@@ -4,6 +4,7 @@ Kafka's client names topics, not ids, when it fetches. So the id is asked for af
 sent: what was fetched before the answer is of the log that the answer names.
 """
 
+from functools import partial
 from typing import Any
 
 from tollway.connectors.errors import Fatal, Refused, Unavailable
@@ -16,7 +17,8 @@ class SameLog:
     """One topic's id, from the first answer on; `topic_id` where it is known from the epoch."""
 
     def __init__(self, bootstrap: str, security: dict[str, Any], topic: str, topic_id: str | None) -> None:
-        self._admin = Admin(bootstrap, security, timeout_s=TIMEOUT_S)
+        self._connect = partial(Admin, bootstrap, security, timeout_s=TIMEOUT_S)
+        self._admin = self._connect()
         self._topic, self._topic_id = topic, topic_id
 
     async def confirm(self) -> None:
@@ -25,6 +27,9 @@ class SameLog:
             found = await self._admin.topic_id(self._topic)
         except Refused as error:  # deleted, perhaps; a broker that has just started may not know it yet
             raise Unavailable(str(error)) from error
+        except Unavailable:
+            self._admin = self._connect()  # the old one goes on asking the controller that it knew, dead or not
+            raise
         self._topic_id = self._topic_id or found
         if found != self._topic_id:
             raise Fatal(

@@ -1,4 +1,4 @@
-"""Apache Kafka itself, one broker in one JVM (KRaft), on loopback."""
+"""Apache Kafka itself (KRaft), one broker in one JVM, on loopback; three of them for failover."""
 
 import base64
 import functools
@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tollway.connectors.embedded import jars
@@ -55,12 +56,26 @@ def _version(candidate: str) -> int:
     return int(found[1]) if found else 0
 
 
-def server_properties(logs: Path, port: int, controller_port: int, overrides: Mapping[str, str]) -> dict[str, str]:
-    """The broker's settings: one node that is broker and controller, internal topics of one replica."""
+@dataclass(frozen=True)
+class Node:
+    """Which broker of how many: its number, from 1, and the controllers' ports in the order of numbers."""
+
+    number: int
+    controller_ports: tuple[int, ...]
+    cluster_id: str
+
+
+def server_properties(
+    logs: Path, port: int, controller_port: int, overrides: Mapping[str, str], node: Node | None = None
+) -> dict[str, str]:
+    """A broker's settings: each node is broker and controller; internal topics have a replica on each, of three at most."""
+    number, controllers = (node.number, node.controller_ports) if node else (1, (controller_port,))
+    replicas, in_sync = str(min(3, len(controllers))), "2" if len(controllers) >= 3 else "1"
+    voters = ",".join(f"{place}@{LOOPBACK}:{at}" for place, at in enumerate(controllers, 1))
     return {
         "process.roles": "broker,controller",
-        "node.id": "1",
-        "controller.quorum.voters": f"1@{LOOPBACK}:{controller_port}",
+        "node.id": str(number),
+        "controller.quorum.voters": voters,
         "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
         "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port}",
         "controller.listener.names": "CONTROLLER",
@@ -69,13 +84,13 @@ def server_properties(logs: Path, port: int, controller_port: int, overrides: Ma
         "log.dirs": str(logs),
         "num.network.threads": "2",
         "num.io.threads": "2",
-        "offsets.topic.replication.factor": "1",
+        "offsets.topic.replication.factor": replicas,
         "offsets.topic.num.partitions": "4",
-        "transaction.state.log.replication.factor": "1",
-        "transaction.state.log.min.isr": "1",
+        "transaction.state.log.replication.factor": replicas,
+        "transaction.state.log.min.isr": in_sync,
         "transaction.state.log.num.partitions": "4",
-        "share.coordinator.state.topic.replication.factor": "1",
-        "share.coordinator.state.topic.min.isr": "1",
+        "share.coordinator.state.topic.replication.factor": replicas,
+        "share.coordinator.state.topic.min.isr": in_sync,
         # A broker that was killed cannot register again before its former session ends: 9 s by default.
         "broker.session.timeout.ms": "2000",
         "broker.heartbeat.interval.ms": "500",
@@ -90,8 +105,13 @@ def server_properties(logs: Path, port: int, controller_port: int, overrides: Ma
     }
 
 
+def new_cluster_id(random: uuid.UUID) -> str:
+    """22 characters of base64url; never "-" first, which the format tool reads as an option."""
+    return "T" + base64.urlsafe_b64encode(random.bytes).decode().rstrip("=")[1:]
+
+
 class KafkaBroker(Part):
-    """One broker with its data under `data/kafka`; ports are free ones unless given."""
+    """One broker with its data under `data/kafka`; ports are free ones unless given. `node`: its place in a cluster."""
 
     def __init__(
         self,
@@ -101,13 +121,16 @@ class KafkaBroker(Part):
         controller_port: int | None = None,
         settings: Mapping[str, str] | None = None,
         progress: Callable[[str], None] = lambda line: None,
+        node: Node | None = None,
     ) -> None:
         super().__init__(data)
         self.port = port or free_port()
         self.controller_port = controller_port or free_port()
         self._settings = dict(settings or {})
         self._progress = progress
-        self._folder = data / "kafka"
+        self._node = node
+        self.name = f"kafka-{node.number}" if node and node.number > 1 else "kafka"
+        self._folder = data / self.name
         self._logs = self._folder / "logs"
 
     @property
@@ -118,11 +141,12 @@ class KafkaBroker(Part):
         """Fetches the jars when they are missing. Raises Fatal or Unavailable when they or Java are not to be had."""
         classpath = ["-cp", f"{jars.libs(self._progress)}/*"]
         # C1 only and the serial collector: half the memory and a faster start; ample for one machine.
-        memory = ["-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"]
+        heap = ["-Xms64m", "-Xmx256m"] if self._node else ["-Xms256m", "-Xmx512m"]
+        memory = [*heap, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"]
         logging = f"-Dlog4j2.configurationFile={self._folder / 'log4j2.properties'}"
         server = str(self._folder / "server.properties")
         return Child(
-            "kafka",
+            self.name,
             (java(), *memory, logging, *classpath, "kafka.Kafka", server),
             ready=self.answers,
             prepare=self._prepare,
@@ -142,9 +166,7 @@ class KafkaBroker(Part):
         shutil.rmtree(new, ignore_errors=True)
         properties = self._folder / "format.properties"
         self._write_properties(properties, new)
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        # The tool reads an id that begins with "-" as an option.
-        cluster_id = "T" + cluster_id[1:]
+        cluster_id = self._node.cluster_id if self._node else new_cluster_id(uuid.uuid4())
         tool = ["-cp", f"{jars.libs(self._progress)}/*", "kafka.tools.StorageTool"]
         run = subprocess.run(
             [java(), "-XX:TieredStopAtLevel=1", *tool, "format", "-t", cluster_id, "-c", str(properties)],
@@ -158,7 +180,7 @@ class KafkaBroker(Part):
         new.rename(self._logs)
 
     def _write_properties(self, path: Path, logs: Path) -> None:
-        properties = server_properties(logs, self.port, self.controller_port, self._settings)
+        properties = server_properties(logs, self.port, self.controller_port, self._settings, self._node)
         write_atomically(path, "".join(f"{name}={value}\n" for name, value in properties.items()))
 
     def answers(self) -> bool:
@@ -171,3 +193,29 @@ class KafkaBroker(Part):
             return bool(admin.list_topics(timeout=2).brokers)
         except KafkaException:
             return False
+
+
+def cluster(
+    data: Path,
+    ports: Sequence[tuple[int, int]],
+    settings: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[KafkaBroker]:
+    """Brokers that are one cluster, by (port, controller port): children `kafka`, `kafka-2`, `kafka-3`, to be started together.
+
+    Three hold each record three times and go on without any one of them; 256 MB of heap each. A data folder stays with the
+    number of brokers that it was made with.
+    """
+    controllers = tuple(controller for _, controller in ports)
+    cluster_id = new_cluster_id(uuid.uuid5(uuid.NAMESPACE_URL, str(data)))
+    return [
+        KafkaBroker(
+            data,
+            port,
+            controller_port=controller,
+            settings=settings,
+            progress=progress,
+            node=Node(number, controllers, cluster_id),
+        )
+        for number, (port, controller) in enumerate(ports, 1)
+    ]

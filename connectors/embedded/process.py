@@ -34,6 +34,8 @@ class Child:
     stop_signal: signal.Signals = signal.SIGTERM
     after: tuple[str, ...] = ()
     """Names of children that must be ready before this one starts."""
+    spare: tuple[str, ...] = ()
+    """Those of `after` that it also starts without: of several brokers one may be away."""
     prepare: Callable[[], None] = lambda: None
     ready_deadline_s: float = 60.0
     stop_deadline_s: float = 20.0

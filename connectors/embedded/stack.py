@@ -20,7 +20,7 @@ from typing import Any, Self, TextIO
 
 from tollway.connectors.embedded import jars
 from tollway.connectors.embedded.clickhouse import ClickHouseServer
-from tollway.connectors.embedded.kafka import KafkaBroker
+from tollway.connectors.embedded.kafka import KafkaBroker, cluster
 from tollway.connectors.embedded.process import LOOPBACK, Child, free_port, require_free, write_atomically
 from tollway.connectors.embedded.supervisor import State, Supervisor
 from tollway.connectors.embedded.valkey import ValkeyServer
@@ -45,6 +45,8 @@ class Endpoints:
     clickhouse_password: str
     clickhouse_database: str
     stripe_url: str
+    replication: int = 1
+    """Copies of each record."""
 
     @classmethod
     def load(cls, data: Path) -> Self:
@@ -61,7 +63,8 @@ class Stack:
     """One stack in `data`; a second start there uses the same data, passwords and, where free, ports.
 
     `workers` come after the parts and after `prepare(endpoints)`; a function gets the endpoints. `ports` fixes some of
-    PORTS: if one is taken the start is refused. `progress` gets one sentence at a time, from several threads.
+    PORTS: if one is taken the start is refused. `progress` gets one sentence at a time, from several threads. `brokers`: 1, or
+    3 for failover, which are the children `kafka`, `kafka-2`, `kafka-3`; workers go on without one of them.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class Stack:
         ports: Mapping[str, int] | None = None,
         stripe: bool = True,
         kafka_settings: Mapping[str, str] | None = None,
+        brokers: int = 1,
     ) -> None:
+        self._brokers = brokers
         self.data = data.absolute()
         self._workers, self._prepare, self._progress = workers or [], prepare, progress
         self._fixed, self._stripe, self._kafka_settings = dict(ports or {}), stripe, kafka_settings
@@ -117,7 +122,8 @@ class Stack:
         with self._timed("workers"):
             workers = self._workers(self.endpoints) if callable(self._workers) else self._workers
             names = tuple(part.name for part in parts)
-            self.supervisor.add([dataclasses.replace(w, after=(*names, *w.after)) for w in workers])
+            spare = tuple(name for name in names if name.startswith("kafka")) if self._brokers > 1 else ()
+            self.supervisor.add([dataclasses.replace(w, after=(*names, *w.after), spare=spare) for w in workers])
             for worker in workers:
                 self.supervisor.wait_ready(worker.name)
 
@@ -208,18 +214,13 @@ class Stack:
             name: kept.get(f"{name}_password") or secrets.token_urlsafe(24) for name in ("valkey", "clickhouse")
         }
         valkey = ValkeyServer(self.data, ports["valkey"], password=passwords["valkey"])
-        kafka = KafkaBroker(
-            self.data,
-            ports["kafka"],
-            controller_port=ports["kafka_controller"],
-            settings=self._kafka_settings,
-            progress=self._progress,
-        )
+        kafka = self._kafka(ports, kept)
         who = {"user": CLICKHOUSE_USER, "database": CLICKHOUSE_DATABASE, "password": passwords["clickhouse"]}
         clickhouse = ClickHouseServer(self.data, ports["clickhouse"], **who)
         stripe_url = f"http://{LOOPBACK}:{ports['stripe']}"
         self._endpoints = Endpoints(
-            kafka_bootstrap=kafka.bootstrap,
+            kafka_bootstrap=",".join(broker.bootstrap for broker in kafka),
+            replication=self._brokers,
             redis_url=valkey.url,
             clickhouse_host=clickhouse.host,
             clickhouse_port=clickhouse.port,
@@ -228,14 +229,25 @@ class Stack:
             clickhouse_database=clickhouse.database,
             stripe_url=stripe_url,
         )
+        ports |= {broker.name: broker.port for broker in kafka[1:]}
+        ports |= {f"{broker.name}_controller": broker.controller_port for broker in kafka[1:]}
         remembered = {
             **{f"{name}_port": port for name, port in ports.items()},
             **{f"{name}_password": password for name, password in passwords.items()},
             "endpoints": dataclasses.asdict(self._endpoints),
         }
         write_atomically(self.data / "stack.json", json.dumps(remembered, indent=1) + "\n")
-        parts = [valkey.child(), kafka.child(), clickhouse.child()]
+        parts = [valkey.child(), *(broker.child() for broker in kafka), clickhouse.child()]
         return [*parts, stripe_stand_in(self.data, ports["stripe"])] if self._stripe else parts
+
+    def _kafka(self, ports: Mapping[str, int], kept: Mapping[str, Any]) -> list[KafkaBroker]:
+        first = ports["kafka"], ports["kafka_controller"]
+        if self._brokers == 1:
+            told = {"settings": self._kafka_settings, "progress": self._progress}
+            return [KafkaBroker(self.data, first[0], controller_port=first[1], **told)]  # type: ignore[arg-type]
+        names = [f"kafka-{number}" for number in range(2, self._brokers + 1)]
+        others = [(self._port(name, kept), self._port(f"{name}_controller", kept)) for name in names]
+        return cluster(self.data, [first, *others], self._kafka_settings, self._progress)
 
     def _remembered(self) -> dict[str, Any]:
         try:

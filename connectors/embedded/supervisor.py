@@ -253,7 +253,8 @@ class Supervisor:
 
     def _lacks(self, kept: _Kept) -> str | None:
         """One that this child comes after and that does not serve."""
-        return next((name for name in kept.child.after if not self._kept[name].serves), None)
+        needed = [name for name in kept.child.after if name not in kept.child.spare]
+        return next((name for name in needed if not self._kept[name].serves), None)
 
     def _failed(self, kept: _Kept, reason: str) -> None:
         """Start it again: at once where its failure is not its own, with back-off otherwise, and not for ever."""
