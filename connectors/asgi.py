@@ -140,7 +140,7 @@ class MeterMiddleware:
         if routes is None:
             return operation_of(scope["method"], "*")
         path, root = scope["path"], scope.get("root_path", "")
-        if root and path.startswith(root):
+        if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
             path = path[len(root) :]
         return operation_of(scope["method"], self._routes.template(routes, scope["method"], path))
 

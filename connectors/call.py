@@ -45,6 +45,8 @@ class Call:
     ) -> None:
         self.meter, self.operation, self.surface, self.principal = meter, operation, surface, principal
         self.ask, self.fields = ask, fields
+        self.record_as: str | None = None
+        """What its usage calls it, where that is not `operation`: names that callers make up must not be many."""
         self.call_id = self.fingerprint = ""
         """For a gate: the same id at every retry of a call, and what is called."""
         self.status: str | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from tollway.connectors.errors import Refused
 
 MEDIA_TYPE = "application/problem+json"
+REASON_LETTERS_MAX = 64
 
 
 def status_of_http(code: int) -> str:
@@ -26,7 +27,7 @@ class Denied(Refused):
     @property
     def reason(self) -> str:
         """One word for the usage's attribute `refused`."""
-        return str(self.problem.get("reason") or self.status)
+        return str(self.problem.get("reason") or self.status)[:REASON_LETTERS_MAX]
 
     @property
     def usage_status(self) -> str:

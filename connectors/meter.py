@@ -170,7 +170,7 @@ class Meter:
         fields: dict[str, Any] = current_origin().fields()
         fields.update(call.fields)
         fields["occurred_at"] = call.begun_us
-        fields["surface"], fields["operation"] = call.surface, bounded(call.operation)
+        fields["surface"], fields["operation"] = call.surface, bounded(call.record_as or call.operation)
         fields["account"], fields["principal_kind"], fields["principal"] = account, kind, name
         fields["status"] = call.status or "ok"
         fields["latency_us"] = max(0, ended_ns - call.begun_ns) // 1000

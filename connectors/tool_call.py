@@ -11,6 +11,9 @@ from tollway.connectors.meter import Meter
 from tollway.connectors.principal import SCOPE_KEY, Directory, Principal
 from tollway.connectors.routes import UNMATCHED
 
+NAMES_MAX = 256
+"""Names of tools whose refusals and failures are recorded under them; of more, under `(unmatched)`."""
+
 R = TypeVar("R")
 
 
@@ -34,6 +37,7 @@ class Tools:
         """
         self.meter, self.directory, self._ask, self._count = meter, directory, ask or {}, count
         self._baggage = baggage
+        self._names: set[str] = set()
 
     async def run(
         self,
@@ -47,8 +51,9 @@ class Tools:
 
         Raises Denied, metered, and what the tool raises.
         """
-        with within(origin_of(meta) if self._baggage else Origin()):
+        with within(origin_of(meta, request) if self._baggage else Origin()):
             call = self.meter.observe(name, surface="mcp", ask=self._ask.get(name))
+            call.record_as = self._name(name)
             try:
                 call.principal = await self._principal(request, claims)
             except Denied as denied:
@@ -56,8 +61,17 @@ class Tools:
                 raise self.meter.refuse(call, denied) from denied
             async with call:
                 result = await execute(call)
+                if call.record_as == UNMATCHED:
+                    self._names.discard(name)
                 call.count(self._count, result)
                 return result
+
+    def _name(self, name: str) -> str:
+        """What is refused, or raises, may be no tool at all: only so many names are taken on trust."""
+        if name in self._names or len(self._names) < NAMES_MAX:
+            self._names.add(name)
+            return name
+        return UNMATCHED
 
     async def _principal(self, request: Any, claims: Mapping[str, Any] | None) -> Principal | None:
         """Raises Denied."""
@@ -69,17 +83,19 @@ class Tools:
 
 def ended(call: Call, *, is_error: bool, unknown: bool = False, unfinished: bool = False) -> None:
     """Tell the call how its tool ended. unknown: there is no such tool; unfinished: it asked its caller for more input."""
-    if unknown:
-        call.operation = UNMATCHED  # else every name that a caller makes up were an operation
+    call.record_as = UNMATCHED if unknown else None
     if unfinished and not call.quantities:
         call.unused = True  # the caller calls again with what was asked: that is the call
     if is_error and call.status is None:
         call.status = "error"
 
 
-def origin_of(meta: Mapping[str, Any] | None) -> Origin:
-    """What a call is part of, out of `_meta`, where W3C's names stand unprefixed (SEP-414)."""
-    found = [(meta or {}).get(name) for name in ("traceparent", "baggage")]
+def origin_of(meta: Mapping[str, Any] | None, request: Any) -> Origin:
+    """What a call is part of: out of `_meta`, where W3C's names stand unprefixed (SEP-414), else out of HTTP's headers."""
+    told: Mapping[str, Any] = meta or {}
+    if request is not None and "traceparent" not in told and "baggage" not in told:
+        told = request.headers
+    found = (told.get("traceparent"), told.get("baggage"))
     traceparent, baggage = (value if isinstance(value, str) else None for value in found)
     return origin_from(traceparent, baggage) if traceparent or baggage else Origin()
 

@@ -25,6 +25,7 @@ from tollway.connectors.identity import Bearer
 from tollway.connectors.meter import Meter
 from tollway.connectors.principal import ClaimedAccount, Principal
 from tollway.connectors.sinks import MemorySink, read_jsonl
+from tollway.connectors.tool_call import NAMES_MAX
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,6 +204,34 @@ async def test_baggage_can_be_left_unheard() -> None:
     async with Client(server("sdk", Meter(sink, principal=ANN), baggage=False)) as client:
         await use(client)
     assert {event.get("run") for event in sink.events()} == {None}
+
+
+async def test_made_up_tools_are_not_many_operations(valkey: ValkeyServer) -> None:
+    """Refused calls of names that a caller makes up are recorded under few of them; real tools keep their names."""
+    may_call(valkey.url, "mcp-names", limit("acct", 0))
+    async with gated(valkey, "mcp-names") as (meter, emitter):
+        async with Client(server("lowlevel", meter)) as client:
+            for number in range(NAMES_MAX + 5):
+                await client.call_tool(f"made-up-{number}", {})
+            may_call(valkey.url, "mcp-names", limit("acct", 100))
+            assert not (await client.call_tool("add", {"a": 1, "b": 1})).is_error
+        await meter.flush(5)
+        operations = {event["operation"] for event in emitter.taken if event["status"] != "ok"}
+        assert len(operations) == NAMES_MAX + 1
+        assert [event["operation"] for event in emitter.taken if event["status"] == "ok"] == ["add"]
+
+
+async def test_headers_say_what_a_call_is_part_of_where_meta_does_not() -> None:
+    """Baggage of the HTTP request is heard where the call's `_meta` has none."""
+    sink = MemorySink()
+    app = http_app("sdk", server("sdk", Meter(sink, principal=ANN)))
+    async with (
+        serving(app) as url,
+        AsyncClient(headers={"baggage": "tollway.run=r-9"}) as http,
+        Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
+    ):
+        await client.call_tool("add", {"a": 1, "b": 2})
+    assert sink.events()[0]["run"] == "r-9"
 
 
 async def test_results_are_counted() -> None:
