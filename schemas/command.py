@@ -71,15 +71,16 @@ def check_body(kind: str, account: str, body: dict[str, Any]) -> None:
     """Refuse a command that the fold would refuse. Raises CommandError naming field, value and cure.
 
     Kinds: log.open, key.add, meter.add, price.add (broadcast); an account's: account.open, account.freeze,
-    account.unfreeze, customer.bind, policy.set, principal.bind, principal.unbind, run.close, session.close.
+    account.unfreeze, customer.bind, policy.set, principal.bind, principal.unbind, run.close, session.close. rail.event is
+    an account's, or everybody's where it concerns no account.
     """
     rule = _RULES.get(kind)
     if rule is None:
         raise CommandError(f"kind is {kind!r}: give one of {', '.join(sorted(_RULES))}")
     broadcast, fields, check = rule
-    if broadcast != (account == BROADCAST):
+    if broadcast not in (None, account == BROADCAST):
         raise CommandError(f"account is {account!r}: {kind} takes {'`*`' if broadcast else 'one account'}")
-    if not broadcast and not ID.fullmatch(account):
+    if account != BROADCAST and not ID.fullmatch(account):
         raise CommandError(f"account is {account!r}: ids match {ID.pattern}")
     if unknown := sorted(body.keys() - set(fields)):
         raise CommandError(f"{unknown[0]} is no field of {kind}: give {', '.join(fields)}")
@@ -188,6 +189,19 @@ def _principal_bind(body: dict[str, Any]) -> None:
             raise CommandError(f"operations has {operation!r}: give an operation's name, or its beginning and *")
 
 
+def _rail_event(body: dict[str, Any]) -> None:
+    for name in ("rail", "event_id", "type"):
+        _short(body, name)
+    _whole(body, "created_s", 0, 2**40)
+    for name in ("customer", "object_id"):
+        if body.get(name) is not None:
+            _short(body, name)
+    if not isinstance(body.get("object"), dict | None):
+        raise CommandError(
+            f"object is {type(body['object']).__name__}: give the event's object, or null where it is large"
+        )
+
+
 def _ended(name: str) -> Callable[[dict[str, Any]], None]:
     def check(body: dict[str, Any]) -> None:
         if not ID.fullmatch(_text(body, name)):
@@ -275,8 +289,8 @@ def _subset(row: dict[str, Any], name: str, allowed: tuple[str, ...]) -> None:
 _KEY_HEX = re.compile(r"[0-9a-f]{64}")
 _OPERATIONS = re.compile(r"[^\x00-\x1f*]{0,127}[^\x00-\x1f]")
 
-# kind → (broadcast, fields of the body, check)
-_RULES = {
+# kind → (broadcast, None = either way; fields of the body; check)
+_RULES: dict[str, tuple[bool | None, tuple[str, ...], Callable[[dict[str, Any]], None]]] = {
     "log.open": (True, tuple(LogConfig.__annotations__), _log_open),
     "key.add": (True, ("kid", "public_key"), _key_add),
     "meter.add": (True, ("meter", "event_name"), _meter_add),
@@ -288,6 +302,7 @@ _RULES = {
     "policy.set": (False, tuple(DEFAULT_POLICY), _policy_set),
     "principal.bind": (False, ("issuer", "kind", "subject", "principal", "scopes", "operations"), _principal_bind),
     "principal.unbind": (False, ("issuer", "kind", "subject"), _principal),
+    "rail.event": (None, ("rail", "event_id", "type", "created_s", "customer", "object_id", "object"), _rail_event),
     "run.close": (False, ("run",), _ended("run")),
     "session.close": (False, ("session",), _ended("session")),
 }

@@ -72,6 +72,14 @@ def worker(
         raise failure
 
 
+@app.command()
+def ingest(data: Data = None) -> None:
+    """Take usage as CloudEvents over HTTP, and Stripe's webhooks, until SIGTERM."""
+    from tollway.streams.ingest import serve
+
+    do(serve(read_settings(data)))
+
+
 app.add_typer(cli_setup.app)
 app.add_typer(cli_control.app)
 app.add_typer(cli_accounts.app)

@@ -10,6 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tollway.schemas.command import BINDINGS_MAX, DEFAULT_POLICY, REMEMBERED_S, LogConfig
+from tollway.schemas.topics import BROADCAST
 
 CHANGED_MAX = 10_000
 """Changes of bindings that a view may lag behind before it writes all of them again."""
@@ -121,7 +122,7 @@ class Directory:
             self.meters[body["meter"]] = body.get("event_name")
         elif kind == "price.add":
             self.prices.setdefault(body["price_ref"], {"asset": body["asset"], "unit_nano": body["unit_nano"]})
-        else:
+        elif account != BROADCAST:
             opened = self.accounts.setdefault(account, Account())
             opened.signed[kind] = [command.get("kid", ""), command["command_id"], append_ms, offset]
             _change(opened, kind, body, append_ms, offset)

@@ -97,6 +97,19 @@ class Settings(BaseSettings):
     tick_idle_s: float = Field(10.0, gt=0, description="an idle partition gets a tick after this long")
     health_port: int = Field(0, ge=0, le=65535, description="loopback port of /health; 0 = none")
 
+    ingest_host: str = Field("127.0.0.1", description="address that `tollway ingest` listens on; TLS is a proxy's work")
+    ingest_port: int = Field(8420, ge=1, le=65535, description="port that `tollway ingest` listens on")
+    ingest_issuer: str = Field("", description="ingest: `iss` of the tokens that may record usage")
+    ingest_audience: str = Field("", description="ingest: `aud` of these tokens")
+    ingest_jwks_url: str = Field("", description="ingest: where the issuer's keys are", pattern=r"^(https?://.+)?$")
+    ingest_attributes: str = Field(
+        "", description="ingest: names of attributes that may travel, with commas between; default: none"
+    )
+    stripe_webhook_secret: SecretStr = Field(
+        SecretStr(""),
+        description="ingest: signing secret of the webhook endpoint at Stripe (whsec_…); default: no webhooks, and no signing key needed",
+    )
+
     step_s: int = Field(5, ge=1, description="log.open of a new log: length of a step")
     billing_window_s: int = Field(
         3600, ge=1, description="log.open of a new log: usage window of meter events; divides 3600"

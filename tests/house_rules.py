@@ -22,6 +22,8 @@ LONG_FUNCTIONS: dict[str, int] = {"streams/judge.py:_admit": 75}
 ENTRIES = {
     "tollway.streams.console": "the console script",
     "tollway.schemas.money": "for services that price their calls",
+    "tollway.connectors.fastmcp": "for services on fastmcp",
+    "tollway.connectors.stripe_sink": "for services without the pipeline",
 }
 """Modules that nothing of ours imports, and who does."""
 

@@ -26,6 +26,7 @@ LIMIT = {"scope": "user:u1", "meter": "calls", "window": "h", "limit": 10}
 POLICY = {"counts": [COUNT], "limits": [LIMIT], "outage": "open", "max_staleness_s": 5}
 TOKEN = {"issuer": "https://id.example", "kind": "user", "subject": "auth0|5"}
 BIND = {**TOKEN, "principal": "u5"}
+RAIL = {"rail": "stripe", "event_id": "evt_1", "type": "charge.dispute.created", "created_s": 5, "customer": "cus_1"}
 
 ACCEPTED: list[tuple[str, str, dict[str, Any]]] = [
     ("log.open", "*", OPEN),
@@ -51,6 +52,8 @@ ACCEPTED: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("principal.unbind", "acme", TOKEN),
     ("run.close", "acme", {"run": "r1"}),
+    ("rail.event", "acme", RAIL),
+    ("rail.event", "*", {**RAIL, "customer": None, "object": {"id": "x"}}),
     ("session.close", "acme", {"session": "s1"}),
     ("policy.set", "acme", DEFAULT_POLICY),
     ("policy.set", "acme", POLICY),
@@ -138,6 +141,12 @@ REFUSED: list[tuple[tuple[str, str, dict[str, Any]], str]] = [
     (("principal.bind", "acme", {**BIND, "operations": "chat"}), "operations is 'chat': give a list"),
     (("principal.bind", "acme", {**BIND, "operations": ["a*b"]}), "operations has 'a*b': give an operation's name"),
     (("principal.unbind", "acme", BIND), "principal is no field of principal.unbind"),
+    *[
+        (("rail.event", "acme", without(RAIL, name)), f"{name} is None")
+        for name in ("rail", "event_id", "type", "created_s")
+    ],
+    (("rail.event", "acme", {**RAIL, "object": "x"}), "object is str: give the event's object, or null"),
+    (("rail.event", "a b", RAIL), "ids match"),
     (("run.close", "acme", {}), "run is None: give a text"),
     (("session.close", "acme", {"session": "s 1"}), "session is 's 1': ids match"),
     (("policy.set", "acme", {}), "counts is None: give a list of at most 32"),
