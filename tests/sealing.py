@@ -78,7 +78,7 @@ def written(seed: int, partition: int = 0, calls: int = 900) -> list[Row]:
         writer.now_ms += chance.randrange(3_000)
         record = writer.usage(call)
         if chance.random() < 0.05:
-            late.append(record)  # a hole, for now
+            late.append(record)  # a hole until it comes
         else:
             writer.append(record)
         if chance.random() < 0.05:
