@@ -242,7 +242,11 @@ class Lane:
             for meter, (ask, _) in asked.items()
         }
         if "first_scope_only" in bugs:
-            grants = {meter: max(0, units) for meter, units in grants.items()}
+            first_rows = [row for row in rows if row["scope"] == rows[0]["scope"]]
+            grants = {
+                meter: min([ask, *(row["left"] for row in first_rows if row["meter"] == meter)])
+                for meter, (ask, _) in asked.items()
+            }
         record = self._take(rows, grants, account, at)
         expires = now_ms + ttl_ms
         first = {(row[0], row[1]): row[2] for row in record}
