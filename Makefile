@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 BIN := .venv/bin
 LOCK := requirements-dev.lock
-CODE := schemas connectors streams src tests benchmarks docs/settings_page.py
+CODE := schemas connectors streams src tests benchmarks docs/settings_page.py docs/examples
 
 .PHONY: help demo test check prove soak registry bench docs lock clean
 .DELETE_ON_ERROR:
@@ -32,9 +32,10 @@ soak: .venv/.dev ## MINUTES=20 at a third of the top rate: no process's memory m
 registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (160 MB)
 	$(BIN)/python -m pytest -m registry
 
-bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, and what emit() costs
+bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, what emit() and the ASGI middleware cost
 	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
 	$(BIN)/python -m benchmarks.emit
+	$(BIN)/python -m benchmarks.asgi
 
 docs: .venv/.dev ## write docs/settings.md anew from the settings
 	$(BIN)/python docs/settings_page.py > docs/settings.md.new
