@@ -142,6 +142,15 @@ def test_a_sink_s_failure_never_reaches_the_call() -> None:
     assert (meter.failure or "").startswith("FieldError: quantities.rows is -1: give a whole number")
 
 
+def test_a_sink_that_fails_for_a_fold_is_counted() -> None:
+    """Folded refusals that a sink does not take are counted too, and reach no timer and no exit as an exception."""
+    meter = Meter(Broken(), principal=ANN)
+    with suppress(Denied), meter.observe("search"):
+        raise Denied(403, {"title": "no"})
+    meter.close_refusals()
+    assert meter.counters["failed"] == 1
+
+
 def test_a_clock_that_fails_never_reaches_the_call() -> None:
     """Even a fault in the meter's own reading of the clock leaves the call alone."""
     times = iter((1,))
