@@ -258,9 +258,10 @@ class Fold:
         for hold, src, seq in reply[2]:
             if "sweep_does_not_ask" in self.bugs:
                 continue
-            born_ms = world.born_ms[src]
-            if (src, seq) in self.seen or born_ms + SOURCE_LIFE_MS < self.log_ms:
+            call, expired = world.calls[hold], world.born_ms[src] + SOURCE_LIFE_MS < self.log_ms
+            if (src, seq) in self.seen or expired:
                 self.closes.append(hold)
+                call.lost_usage |= call.offset is None
         return bool(reply[4])
 
 

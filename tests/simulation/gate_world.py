@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.simulation import gate_invariants as invariants
-from tests.simulation.gate_fold import EPOCH, Entry, Field, Fold, counted
+from tests.simulation.gate_fold import EPOCH, SOURCE_LIFE_MS, Entry, Field, Fold, counted
 from tests.simulation.gate_gates import GRACE_MS, Call, SimGate
 from tests.simulation.gate_model import Lane, Policy
 
@@ -310,6 +310,10 @@ class World:
     def append(self, gate: SimGate) -> None:
         """The spool's first event comes to the log, sometimes twice."""
         entry, call = gate.spool.popleft()
+        if self.now_us // 1000 > self.born_ms[entry.src] + SOURCE_LIFE_MS:
+            if call is not None:
+                call.lost_usage = True  # dead-lettered: its source has expired
+            return
         twice = self.faults and self.dice.random() < 0.15
         offset = len(self.log)
         for _ in range(2 if twice else 1):
