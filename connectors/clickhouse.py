@@ -64,6 +64,7 @@ _CURES = {
     60: "the tables are not there: migrate the database, or check its name (TOLLWAY_CLICKHOUSE_DATABASE)",
     81: "the database is not there: migrate it, or check its name (TOLLWAY_CLICKHOUSE_DATABASE)",
     16: "a column is missing: migrate the database",
+    774: "a table was set read-only: let it take rows again (table_readonly = 0)",
     469: "rows violate a constraint that is not Tollway's: drop it",
 }
 
