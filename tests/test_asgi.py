@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI, HTTPException
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
@@ -219,6 +219,32 @@ async def test_streams_are_counted_as_they_pass() -> None:
     assert gone["attributes"] == {"ended": "disconnected"}
     assert (whole["quantities"], whole["status"]) == ({"calls": 1, "tokens_out": 10, "bytes_out": 50}, "ok")
     assert (broken["quantities"], broken["status"]) == ({"calls": 1, "tokens_out": 6, "bytes_out": 30}, "error")
+
+
+async def test_a_server_that_raises_when_the_client_has_gone() -> None:
+    """Where the server tells of a lost client by an exception, it goes through, and what was sent until then is usage."""
+    app, sink, _ = service()
+    sent: list[Any] = []
+    scope = {
+        "type": "http", "asgi": {"spec_version": "2.4"}, "method": "GET", "path": "/stream", "query_string": b"", "headers": [],
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            raise OSError("gone")
+
+    with pytest.raises(ClientDisconnect):
+        await app(scope, receive, send)
+    (event,) = sink.events()
+    assert (event["status"], event["attributes"], event["quantities"]["tokens_out"]) == (
+        "ok",
+        {"ended": "disconnected"},
+        4,
+    )
 
 
 async def test_websockets_and_lifespan_pass_through() -> None:
