@@ -185,9 +185,9 @@ class Meter:
         """Tell the gate without making the call wait; the gate itself goes on trying where Redis does not answer."""
         task = asyncio.get_running_loop().create_task(settling)
         self._settling.add(task)
-        task.add_done_callback(self._settled)
+        task.add_done_callback(self._has_settled)
 
-    def _settled(self, task: "asyncio.Task[str]") -> None:
+    def _has_settled(self, task: "asyncio.Task[str]") -> None:
         self._settling.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.fault("unsettled", error)
@@ -265,10 +265,14 @@ class Meter:
     async def flush(self, deadline_s: float) -> int:
         """Record what is folded, tell the gate what it was not told, flush the sink; returns events that are not yet safe."""
         self.close_refusals()
-        if self._settling:
-            await asyncio.wait(self._settling, timeout=deadline_s)
+        await self.settled(deadline_s)
         left = await self.sink.flush(deadline_s)
         return left if isinstance(left, int) else sum(left.values())
+
+    async def settled(self, deadline_s: float) -> None:
+        """Wait until the gate has heard of every call that has ended: it holds what they used, no more."""
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=deadline_s)
 
     @property
     def counters(self) -> dict[str, int]:

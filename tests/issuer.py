@@ -41,7 +41,11 @@ class Issuer:
 
     def rotate(self, kid: str, *, keep: bool = False, bits: int = 2048) -> None:
         """Publish a new RSA key, instead of the others or beside them."""
-        key = self.keys[kid] = rsa_key(kid, bits)
+        self.replace(kid, rsa_key(kid, bits), keep)
+
+    def replace(self, kid: str, key: rsa.RSAPrivateKey, keep: bool = False) -> None:
+        """Publish this key under this id."""
+        self.keys[kid] = key
         self.publish(kid, RSAAlgorithm.to_jwk(key.public_key(), as_dict=True), keep)
 
     def rotate_ec(self, kid: str) -> None:
@@ -71,7 +75,8 @@ def issuing() -> Iterator[Issuer]:
             issuer.asked += 1
             if issuer.gate is not None:
                 issuer.gate.wait(30)
-            status, body = issuer.answer or (200, json.dumps({"keys": issuer.published}).encode())
+            overridden = issuer.answer if self.path == "/jwks" else None
+            status, body = overridden or (200, json.dumps({"keys": issuer.published}).encode())
             self.send_response(status)
             if status in (301, 302):
                 self.send_header("Location", f"{issuer.url}/elsewhere")

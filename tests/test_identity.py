@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hmac
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.issuer import AUDIENCE, Issuer, issuing
+from tests.issuer import AUDIENCE, Issuer, issuing, rsa_key
 from tollway.connectors.bindings import Bindings
 from tollway.connectors.denied import Denied
 from tollway.connectors.errors import Refused, Unavailable
@@ -183,6 +184,19 @@ async def test_a_withdrawn_key_ends_with_its_time(issuer: Issuer) -> None:
     assert (await refusal(who, old)).reason == "unknown_key"
 
 
+async def test_another_key_under_the_same_id(issuer: Issuer) -> None:
+    """A key that was replaced under its id verifies nothing any more once the set has been read again."""
+    clock = Clock()
+    who = bearer(issuer, clock)
+    old = f"Bearer {issuer.token('k1')}"
+    assert await who.identify(old)
+    issuer.replace("k1", rsa_key("another", 2048))
+    clock.now += 11
+    assert (await refusal(who, f"Bearer {issuer.token('k1', headers={'kid': 'k9'})}")).reason == "unknown_key"
+    assert (await refusal(who, old)).reason == "bad_signature"
+    assert await who.identify(f"Bearer {issuer.token('k1')}")
+
+
 async def test_unknown_keys_cannot_make_a_flood(issuer: Issuer) -> None:
     """A hundred tokens of a hundred unknown keys ask the issuer once within retry_s, also all at once."""
     clock = Clock()
@@ -197,12 +211,11 @@ async def test_unknown_keys_cannot_make_a_flood(issuer: Issuer) -> None:
     assert issuer.asked == 2
 
 
-async def test_one_fetch_serves_all_who_wait(issuer: Issuer) -> None:
+@pytest.mark.parametrize("retry_s", [0.0, 10.0])
+async def test_one_fetch_serves_all_who_wait(issuer: Issuer, retry_s: float) -> None:
     """Requests that need the keys at once share one fetch; one that is given up takes nothing from the others."""
-    import threading
-
     issuer.gate = threading.Event()
-    who, token = bearer(issuer), issuer.token("k1")
+    who, token = bearer(issuer, jwks=Jwks(issuer.jwks_url, retry_s=retry_s)), issuer.token("k1")
     tasks = [asyncio.create_task(who.identify(f"Bearer {token}")) for _ in range(20)]
     deadline = time.monotonic() + 20
     while not issuer.asked:
