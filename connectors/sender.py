@@ -23,6 +23,7 @@ from tollway.connectors.adoption import ADOPTED_MAX, adopt_dead
 from tollway.connectors.errors import Unavailable
 from tollway.connectors.flush import Flushes
 from tollway.connectors.frame import Frame
+from tollway.connectors.hush import hush
 from tollway.connectors.outbox import Batch, Outbox
 from tollway.connectors.spool import Position, Spool
 from tollway.connectors.tally import Tally
@@ -215,6 +216,7 @@ class Sender:
 
     async def _one_producer(self) -> None:
         """Send with one producer until it fails. Raises Unavailable, KafkaError, OSError, TimeoutError, ValueError."""
+        hush()
         producer = self._producer = AIOKafkaProducer(
             bootstrap_servers=self._bootstrap,
             enable_idempotence=True,

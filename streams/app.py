@@ -16,6 +16,7 @@ import faust
 from mode import Service
 
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
+from tollway.connectors.hush import hush
 from tollway.streams.accounts import AccountsFold, billing, quota
 from tollway.streams.audit_fold import AuditFold, audit
 from tollway.streams.engine import Engine
@@ -195,6 +196,7 @@ async def _kafka_answers(settings: Settings, groups: list[str]) -> bool:
 def run(settings: Settings, groups: list[str]) -> BaseException | None:
     """Run a worker until a signal or a failure; returns the failure: Unavailable where a new start cures it."""
     logging.getLogger("stripe").setLevel(logging.WARNING)  # it logs every request at INFO
+    hush()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     if not asyncio.run(_kafka_answers(settings, groups)):
         return None
