@@ -24,8 +24,13 @@ class Plan:
 
 
 def plan(policy: dict[str, Any]) -> Plan:
-    """The plan of a policy's `counts`. What two rows name is counted once; `principal` is user, client and anon."""
-    return _plan(msgpack.packb([[row["meter"], row["windows"], row["scopes"]] for row in policy["counts"]]))
+    """The plan of a policy. What two rows name is counted once; `principal` is user, client and anon.
+
+    What a limit names is counted too: else a gate would forget it with every hold that ends.
+    """
+    limited = {(row["meter"], row["window"], row["scope"].partition(":")[0]) for row in policy["limits"]}
+    rows = [[row["meter"], row["windows"], row["scopes"]] for row in policy["counts"]]
+    return _plan(msgpack.packb(rows + [[meter, [window], [scope]] for meter, window, scope in sorted(limited)]))
 
 
 @lru_cache(PLANS_MAX)

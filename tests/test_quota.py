@@ -370,3 +370,11 @@ def test_full_key_segments_are_compressed_once() -> None:
     loaded = Quota.load(after)
     assert loaded.dump() == after
     assert np.array_equal(loaded.tables["h", NOW_S].totals, quota.tables["h", NOW_S].totals[:17_000])
+
+
+def test_what_a_limit_names_is_counted() -> None:
+    """A limit on what `counts` leaves out is enforced by the total, not by the open holds alone."""
+    policy = counts(("calls", "h", "acct"), limits=[("run:r1", "tokens_in", "L", 9), ("principal", "calls", "d", 5)])
+    quota = folded(directory({"acme": policy}), batch([usage(run="r1", quantities={"calls": 1, "tokens_in": 4})]))
+    found = {(scope, meter, window): units for (scope, meter, window, _), units in quota.totals("acme").items()}
+    assert found == {("acct", "calls", "h"): 1, ("run:r1", "tokens_in", "L"): 4, ("user:u1", "calls", "d"): 1}
