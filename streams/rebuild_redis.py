@@ -65,7 +65,8 @@ class RedisRewrite:
             async for key in self._client.scan_iter(match="tw:{*}:s:*", count=SCAN_COUNT):
                 if not any(key.startswith(prefix.encode()) for prefix in tags):
                     continue
-                fields = [name for name in await self._client.hkeys(key) if name.endswith(b" u")]
+                names: list[bytes] = await self._client.hkeys(key)  # type: ignore[assignment]
+                fields = [name for name in names if name.endswith(b" u")]
                 gone += await self._client.hdel(key, *fields) if fields else 0
         except (RedisError, OSError) as error:
             raise Unavailable(f"Redis does not answer: {error}") from error
