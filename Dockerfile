@@ -1,4 +1,4 @@
-# Workers and the `tollway` command: the wheel with its pipeline extra and nothing else, as an unprivileged user.
+# Workers and the `tollway` command: the wheel with its ingest extra (the pipeline is in it) and nothing else, as an unprivileged user.
 FROM python:3.11-slim AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE requirements-dev.lock ./
@@ -9,7 +9,7 @@ COPY streams streams
 # The environment has no pip of its own: what is installed is what the lock pins, and stays so.
 RUN python -m venv --without-pip /opt/tollway \
     && pip wheel --no-cache-dir --no-deps --wheel-dir /dist . \
-    && pip --python /opt/tollway/bin/python install --no-cache-dir --constraint requirements-dev.lock "$(echo /dist/*.whl)[pipeline]"
+    && pip --python /opt/tollway/bin/python install --no-cache-dir --constraint requirements-dev.lock "$(echo /dist/*.whl)[ingest]"
 
 FROM python:3.11-slim
 RUN groupadd --gid 10001 tollway \

@@ -175,7 +175,7 @@ def test_a_further_worker_extends_one(variables: dict[str, str], tmp_path: Path)
     more.write_text(
         f"""
 services:
-  ingest:
+  further:
     extends: {{file: {FILE}, service: stripe}}
     command: [worker, --group, all]
     environment: {{TOLLWAY_STRIPE_KEY: !reset null, TOLLWAY_SPOOL_DIR: /var/lib/tollway/spool}}
@@ -187,12 +187,28 @@ volumes: {{spool: }}
     )
     done = config(variables, "--format", "json", files=(FILE, more))
     assert done.returncode == 0, done.stderr
+    further = json.loads(done.stdout)["services"]["further"]
+    assert further["read_only"] is True
+    assert further["depends_on"]["topics"]["condition"] == "service_completed_successfully"
+    assert {key for key, value in variables.items() if value in json.dumps(further)} == {
+        "TOLLWAY_PUBLIC_KEY",
+        "TOLLWAY_DEPLOYMENT",
+    }
+
+
+def test_ingest_is_there_where_it_is_asked_for(variables: dict[str, str], composed: dict[str, Any]) -> None:
+    """With its profile there is the HTTP edge too, with Redis' secret alone and a health check on its own port."""
+    assert "ingest" not in composed["services"]
+    done = config({**variables, "COMPOSE_PROFILES": "ingest"}, "--format", "json")
+    assert done.returncode == 0, done.stderr
     ingest = json.loads(done.stdout)["services"]["ingest"]
-    assert ingest["read_only"] is True
-    assert ingest["depends_on"]["topics"]["condition"] == "service_completed_successfully"
+    (port,) = ingest["ports"]
+    assert f":{port['target']}/health" in ingest["healthcheck"]["test"][-1]
+    assert port["host_ip"] == "127.0.0.1"
     assert {key for key, value in variables.items() if value in json.dumps(ingest)} == {
         "TOLLWAY_PUBLIC_KEY",
         "TOLLWAY_DEPLOYMENT",
+        "REDIS_PASSWORD",
     }
 
 

@@ -29,7 +29,7 @@ def test_the_image_is_small_and_unprivileged() -> None:
     assert build[0][1].removesuffix(" AS build") == last[0][1]
     assert last[0][1].endswith("-slim")
     assert [word for word, _ in build].count("RUN") == 1
-    assert "[pipeline]" in dict(build)["RUN"]
+    assert "[ingest]" in dict(build)["RUN"]
     assert not re.search(r"\b(pip|apt-get|apt|gcc|curl|wget)\b", dict(last)["RUN"])
     user = dict(last)["USER"]
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)
