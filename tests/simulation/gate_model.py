@@ -206,63 +206,58 @@ class Lane:
         if earlier is not None:
             return answer("DUP" if earlier[0] == fingerprint else "CONFLICT", *earlier)
         self._mark_loss(gate, gen, floor)
-        if self.m is None or (self.m.state != "READY" and "cold_ignored" not in bugs):
-            return answer("COLD")
-        if gen is not None and gen != self.m.gen and "old_gen_takes" not in bugs:
-            return answer("GEN")
-        if hold in self.h:
-            return answer("CONFLICT")
-        if policy is None and not unknown:
-            return answer("UNKNOWN")
-        if policy is not None and policy.frozen:
-            return answer("FROZEN")
-        if now_ms < self.m.log - 60_000:
-            return answer("CLOCK")
+        if (barred := self._barred(gen, hold, policy, unknown, now_ms)) is not None:
+            return answer(barred)
         asked = {meter: (ask, least) for meter, ask, least in triples}
         rows, closed = self._rows(account, scopes, asked, policy, at, scopes_max)
         if closed is not None:
             return answer("CLOSED", (closed, "", None, 0, 0, 0), ())
-        max_staleness_s = policy.max_staleness_s if policy else 30
-        if any(row["meter"] not in asked for row in rows) and now_ms - self.m.log > max_staleness_s * 1000:
+        if self._stale(rows, asked, policy, now_ms):
             return answer("STALE")
-
-        def told(row: dict[str, Any], units: int) -> Reply:
-            return row["scope"], row["base"], row["stop"], row["limit"], row["left"] - units, units
-
         short = [row for row in rows if row["left"] < (asked[row["meter"]][1] if row["meter"] in asked else 1)]
         if "first_scope_only" in bugs:
             short = [row for row in short if row["scope"] == rows[0]["scope"]]
         if short:
-            least = min(short, key=lambda row: row["left"])
             if "refusal_takes" in bugs:
                 self._take(rows, {meter: 0 if row["left"] < 1 else 1 for meter in asked for row in rows}, account, at)
-            return answer("DENY", told(least, 0), tuple(told(row, 0) for row in rows))
+            least = min(short, key=lambda row: row["left"])
+            return answer("DENY", _told(least, 0), tuple(_told(row, 0) for row in rows))
+        checked = [row for row in rows if row["scope"] == rows[0]["scope"]] if "first_scope_only" in bugs else rows
         grants = {
-            meter: min([ask, *(row["left"] for row in rows if row["meter"] == meter)])
+            meter: min([ask, *(row["left"] for row in checked if row["meter"] == meter)])
             for meter, (ask, _) in asked.items()
         }
-        if "first_scope_only" in bugs:
-            first_rows = [row for row in rows if row["scope"] == rows[0]["scope"]]
-            grants = {
-                meter: min([ask, *(row["left"] for row in first_rows if row["meter"] == meter)])
-                for meter, (ask, _) in asked.items()
-            }
-        record = self._take(rows, grants, account, at)
-        expires = now_ms + ttl_ms
+        record, expires = self._take(rows, grants, account, at), now_ms + ttl_ms
         first = {(row[0], row[1]): row[2] for row in record}
         self.h[hold] = Record("H", expires, account, call, record, first=first)
         self.hx[hold] = expires + grace_ms
-        body = (
-            fingerprint,
-            hold,
-            now_us,
-            expires,
-            tuple(sorted(grants.items())),
-            tuple(told(row, grants.get(row["meter"], 0)) for row in rows),
-        )
+        told = tuple(_told(row, grants.get(row["meter"], 0)) for row in rows)
+        body = (fingerprint, hold, now_us, expires, tuple(sorted(grants.items())), told)
         self.i[f"{account}~{call}"] = body
         self._count(gate)
         return answer("OK", *body)
+
+    def _barred(self, gen: int | None, hold: str, policy: Policy | None, unknown: bool, now_ms: int) -> str | None:
+        """Why nothing is granted, whatever is left."""
+        if self.m is None or (self.m.state != "READY" and "cold_ignored" not in self.bugs):
+            return "COLD"
+        if gen is not None and gen != self.m.gen and "old_gen_takes" not in self.bugs:
+            return "GEN"
+        if hold in self.h:
+            return "CONFLICT"
+        if policy is None and not unknown:
+            return "UNKNOWN"
+        if policy is not None and policy.frozen:
+            return "FROZEN"
+        return "CLOCK" if now_ms < self.m.log - 60_000 else None
+
+    def _stale(
+        self, rows: list[dict[str, Any]], asked: dict[str, tuple[int, int]], policy: Policy | None, now_ms: int
+    ) -> bool:
+        """Whether a limit that no hold enforces rests on totals that are too old."""
+        assert self.m is not None
+        oldest_ms = (policy.max_staleness_s if policy else 30) * 1000
+        return any(row["meter"] not in asked for row in rows) and now_ms - self.m.log > oldest_ms
 
     def _rows(
         self,
@@ -398,21 +393,9 @@ class Lane:
             new = totals.get(base.partition(" ")[0], old)
             return old + new if "extend_adds" in self.bugs else max(new, old)
 
-        seen: dict[tuple[str, str], int] = {}
-        for scope, base, old in record.fields:
-            new = larger(base, old)
-            if new == old:
-                continue
-            held = self.held(scope, base)
-            if held is None:
-                return answer("DENY", None, (scope, base, 0))
-            limit = self._limit(policy, scope.partition("~")[2], base)
-            if limit is not None:
-                left = limit - (self.used(scope, base) or 0) - held + old
-                times = seen.get((scope, base), 0)
-                if left - new - times * (new - old) < 0:
-                    return answer("DENY", None, (scope, base, left))
-                seen[scope, base] = times + 1
+        refused = self._short(policy, record, larger)
+        if refused is not None:
+            return answer("DENY", None, refused)
         if "extend_forgets_h" in self.bugs:
             for row in record.fields:
                 row[2] = larger(row[1], row[2])
@@ -422,6 +405,24 @@ class Lane:
         self.hx[hold] = record.exp + grace_ms
         self._count(gate)
         return answer("OK", record.exp, tuple(item for row in record.fields for item in row))
+
+    def _short(self, policy: Policy | None, record: Record, larger: Any) -> Reply | None:
+        """The field that cannot hold more."""
+        seen: dict[tuple[str, str], int] = {}
+        for scope, base, old in record.fields:
+            new, held = larger(base, old), self.held(scope, base)
+            if new == old:
+                continue
+            if held is None:
+                return scope, base, 0
+            limit = self._limit(policy, scope.partition("~")[2], base)
+            if limit is not None:
+                left = limit - (self.used(scope, base) or 0) - held + old
+                times = seen.get((scope, base), 0)
+                if left - new - times * (new - old) < 0:
+                    return scope, base, left
+                seen[scope, base] = times + 1
+        return None
 
     @staticmethod
     def _limit(policy: Policy | None, scope: str, base: str) -> int | None:
@@ -670,6 +671,10 @@ class Lane:
             if not self.n[account]:
                 del self.n[account]
         return 1
+
+
+def _told(row: dict[str, Any], units: int) -> Reply:
+    return row["scope"], row["base"], row["stop"], row["limit"], row["left"] - units, units
 
 
 def _first(scores: dict[str, int], most: int, limit: int) -> list[str]:
