@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCK := requirements-dev.lock
 CODE := schemas connectors streams src tests benchmarks docs/settings_page.py docs/examples
 
-.PHONY: help demo test check prove soak registry bench docs lock clean
+.PHONY: help demo test check prove soak registry bench overspend docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,7 +35,13 @@ registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (
 bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, what emit() and the ASGI middleware cost
 	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
 	$(BIN)/python -m benchmarks.emit
+	$(BIN)/python -m benchmarks.gate
 	$(BIN)/python -m benchmarks.asgi
+
+overspend: .venv/.dev ## a million asks of 64 workers over five nested limits, and 20,000 simulated worlds of the gate
+	$(BIN)/python -m tests.gate_overspend
+	$(BIN)/python -m tests.simulation.gate
+	$(BIN)/python -m tests.simulation.gate --mutants
 
 docs: .venv/.dev ## write docs/settings.md anew from the settings
 	$(BIN)/python docs/settings_page.py > docs/settings.md.new
