@@ -147,6 +147,8 @@ class World:
             call.exp = reply[4]
         elif kind == "void" and reply[0] == "OK" and self.calls[arguments[0]].used is not None and before == "H":
             self.calls[arguments[0]].void_late = True
+        elif kind == "capture" and reply[0] in ("OK", "LATE") and arguments[4] > 1_000:
+            self.calls[arguments[1]].lost = True  # a stray capture was first: the cause `second_usage`
         elif kind == "sweep" and reply[0] == "OK":
             for hold in reply[1]:
                 self.calls[hold].expired = True
@@ -185,8 +187,13 @@ class World:
     def _failover(self) -> None:
         """One of four older copies becomes Redis; what followed it is gone, and does not come back."""
         if self.snapshots:
-            place = self.dice.randrange(len(self.snapshots))
+            place, before = self.dice.randrange(len(self.snapshots)), self.lane
             self.lane = self.snapshots[place].copy()
+            for hold, record in before.h.items():
+                if hold in self.lane.h and sum(f[2] for f in self.lane.h[hold].fields) < sum(
+                    f[2] for f in record.fields
+                ):
+                    self.calls[hold].lost = True  # it is there, and holds less: an extension is gone
             self.snapshots = self.snapshots[: place + 1]
             self.stats["failovers"] += 1
             self._lost_data()
