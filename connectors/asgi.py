@@ -50,7 +50,8 @@ class MeterMiddleware:
         must be asked. Without either it is the meter's principal, or whom the handler sets in `current_call().principal`.
         ask: operation → what a gate is asked beside the one call. count: each chunk of the response's body → what it used.
         operation: for applications without routes; keep its values few. unmetered: operations that pass by, such as `GET /health`.
-        call_id_header: such as `idempotency-key`; a second request with one is then refused by the gate, not executed.
+        call_id_header: such as `idempotency-key`; a second request with one is then refused by the gate, not executed: as a
+        duplicate where method, path and query are the same (the body is not read), else as a conflict.
         baggage: False where callers must not say which run or session a call is part of.
         refusals_only: identify, and meter whom that refuses; what is let through is metered further in, as by MCP.
         """
