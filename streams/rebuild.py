@@ -92,9 +92,9 @@ class Rebuild:
         self.store: Any = None
 
     async def prepare(self, numbers: Sequence[int]) -> None:
-        """What stands where."""
-        self._bounds = await bounds(*self._kafka, numbers)
+        """What stands where. The log's ends come last: workers go on in a dry run, and no checkpoint may lie behind them."""
         self._checkpoints = await checkpoints_of(self._settings, self._epoch, self._count, [*GROUPS, "stripe"])
+        self._bounds = await bounds(*self._kafka, numbers)
 
     async def checkpoints(self, numbers: Sequence[int], groups: Sequence[str], start: str | None) -> dict[str, Any]:
         """Prove, then replace what is missing or differs."""
