@@ -14,8 +14,9 @@ help: ## this list
 demo: .venv/.embedded ## start everything, run sample services, show that all four stores agree
 	@$(BIN)/tollway demo
 
+# Two processes share the files: most of a test's time is spent waiting for real parts to start and settle.
 test: check ## lint, types, contracts and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## lint, format, types and contracts, without running anything
 	$(BIN)/ruff check $(CODE)

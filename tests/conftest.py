@@ -13,6 +13,20 @@ from tollway.connectors.embedded.valkey import ValkeyServer
 settings.register_profile("shared machine", deadline=None)  # an example that is slow once is no failure
 settings.load_profile("shared machine")
 
+LONG_FIRST = (
+    "test_prove.py", "test_failover.py", "test_kafka_away.py", "test_security.py", "test_clickhouse_away.py",
+    "test_redis_away.py", "test_rebuild.py", "test_compressed_day.py", "test_demo.py", "test_hard_emitters.py",
+    "test_doctor.py", "test_embedded.py", "test_ingest.py", "test_compose.py", "test_stripe_away.py",
+    "test_engine.py",
+)  # fmt: skip
+"""Files that take long, begun before the others, so that no process ends alone with one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The same order each time: long files first, the rest as it was found."""
+    rank = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def parts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
