@@ -90,7 +90,7 @@ def main() -> int:
         try:
             kafka.start()
             kafka.wait_ready()
-            asyncio.run(create(settings_module.read(data=Path(folder), kafka_bootstrap=kafka.bootstrap)))
+            asyncio.run(create(settings_module.read(data=Path(folder), kafka_bootstrap=kafka.bootstrap, replication=1)))
             for turn in range(arguments.rounds):
                 for rate in arguments.rates:
                     spool = Path(folder) / f"spool-{turn}-{rate}"
