@@ -159,6 +159,8 @@ class Fold:
         self.dirty, self.closes, self.policy_due = set() if whole else self.dirty - set(keys), [], False
         if not whole:
             self.dirty = set()
+        if "ends_are_sent_once" in self.bugs:
+            self.known.update(keys)
         self.flights += 1
         expect = self.expect
         return Flight(self.pos, self.log_ms, f"{self.name}-{self.flights}", expect, parts, whole, keys, all_ends)
@@ -203,8 +205,7 @@ class Fold:
                 self.phase = "begin"
             return
         self.expect, self.told_log_ms = flight.off, flight.log_ms
-        if "ends_are_sent_once" not in self.bugs or flight.told:
-            self.known.update(flight.keys)
+        self.known.update(flight.keys)
         if self.phase == "fill":
             self.phase, self.end_at_ms = "gates", world.now_us // 1000 + 2_000
         elif self.phase != "gates":

@@ -20,7 +20,6 @@ MUTANTS = [
     Mutant("authorize_ignores_h", "OVERGRANT"),
     Mutant("authorize_ignores_u", "OVERGRANT"),
     Mutant("authorize_skips_fx", "FX"),
-    Mutant("begin_keeps_off", "READY", "storm", 4_000),
     Mutant("call_id_outlives_expiry", "CALLID", "days"),
     Mutant("call_id_outlives_void", "CALLID"),
     Mutant("capture_forgets_actual", "TIE"),
@@ -29,10 +28,9 @@ MUTANTS = [
     Mutant("close_nothing", "TIE Q.HELD"),
     Mutant("closes_in_the_first_part", "COVER"),
     Mutant("cold_ignored", "COLDGRANT"),
-    Mutant("dirty_dropped_on_old", "COVER Q.EQUAL Q.MISSING", "mixed", 300),
     Mutant("end_unguarded", "READY", "storm", 200),
     Mutant("ended_totals_are_sent", "FX Q.LEAK", "days", 300),
-    Mutant("ends_are_sent_once", "FX Q.LEAK", "days", 4_000),
+    Mutant("ends_are_sent_once", "FX Q.LEAK", "days", 200),
     Mutant("expect_ignored", "READY COVER Q.MISSING Q.EQUAL FX EXPIRY", "storm", 200),
     Mutant("expiry_does_not_subtract", "TIE Q.HELD"),
     Mutant("expiry_keeps_amounts", "TIE", "days", 200),
@@ -52,7 +50,6 @@ MUTANTS = [
     Mutant("log_by_first_part", "EXPIRY", "mixed", 300),
     Mutant("no_floor", "HEAL", "mixed", 200),
     Mutant("no_guard", "MONOTONE", "mixed", 200),
-    Mutant("no_new_gen", "HEAL COVER", "storm", 4_000),
     Mutant("no_part_chain", "COVER", "storm", 100),
     Mutant("no_refresh_on_assignment", "COVER Q.EQUAL Q.MISSING Q.PHANTOM", "mixed", 200),
     Mutant("old_gen_takes", "OLDGEN", "mixed", 200),
@@ -60,7 +57,6 @@ MUTANTS = [
     Mutant("reassert_adds_again", "IDEMPOTENT TIE", "mixed", 200),
     Mutant("reassert_on_ended", "FX Q.LEAK", "days"),
     Mutant("reassert_only_existing", "TIE"),
-    Mutant("reassert_uncounted", "HEAL", "storm", 4_000),
     Mutant("refresh_without_ends", "FX Q.LEAK", "days"),
     Mutant("refusal_takes", "REFUSAL"),
     Mutant("release_creates", "TIE Q.HELD", "days", 200),
@@ -70,7 +66,12 @@ MUTANTS = [
     Mutant("sweep_does_not_ask", "Q.PHANTOM"),
     Mutant("sweep_expires_captured", "EXPIRY"),
     Mutant("sweep_used_only", "FX Q.LEAK", "days"),
-    Mutant("unexpected_batch_without_ends", "FX", "storm", 4_000),
     Mutant("void_captured", "CAPTURED"),
     Mutant("zero_held_at_begin", "TIE"),
 ]
+
+DIRECTED = ("begin_keeps_off", "no_new_gen", "reassert_uncounted", "unexpected_batch_without_ends")
+"""Faults that random worlds seldom reach: tests/test_gate_directed.py leads them there."""
+
+HEALED = ("dirty_dropped_on_old",)
+"""Dropping what is dirty when a newer fold is there: its refresh has written it, and sweep asks for the holds."""
