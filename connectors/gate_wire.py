@@ -50,11 +50,15 @@ class GateScript:
 
     def pack(self, keys: Sequence[str], arguments: Sequence[str | int]) -> bytes:
         """RESP bytes of a call."""
-        pieces = [b"*%d\r\n" % (len(keys) + len(arguments) + 3), self._head]
-        for item in (len(keys), *keys, *arguments):
-            data = item.encode() if isinstance(item, str) else b"%d" % item
-            pieces += (b"$%d\r\n" % len(data), data, b"\r\n")
-        return b"".join(pieces)
+        items = [str(len(keys)), *keys, *map(str, arguments)]
+        text = "".join([f"${len(item)}\r\n{item}\r\n" for item in items])
+        if not text.isascii():  # lengths are of bytes
+            coded = [item.encode() for item in items]
+            return b"".join((self._start(items), *(b"$%d\r\n%b\r\n" % (len(data), data) for data in coded)))
+        return self._start(items) + text.encode()
+
+    def _start(self, items: Sequence[str]) -> bytes:
+        return b"*%d\r\n%b" % (len(items) + 2, self._head)
 
 
 AUTHORIZE, CAPTURE, VOID, EXTEND, REASSERT = map(GateScript, ("authorize", "capture", "void", "extend", "reassert"))

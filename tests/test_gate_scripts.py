@@ -169,3 +169,19 @@ def test_an_answers_rows_are_read_as_they_were_sent(bench: Bench) -> None:
         ("calls", 4, seconds + 3_600),
         ("tokens", 2, None),
     ]
+
+
+def test_a_call_is_remembered_for_an_hour(bench: Bench) -> None:
+    """The call id, and with it the earlier answer, outlives every retry that makes sense: no less than an hour."""
+    bench.ready("2026-03-01", acct__calls__h=5)
+    bench.authorize(1)
+    assert 3_500_000 < bench.client.pttl(f"{tag(NUMBER)}i:{ACCOUNT}~ch1") <= 3_600_000
+
+
+@pytest.mark.parametrize("text", ["plain", "grün", "", "a\r\nb", 7])
+def test_a_call_is_packed_as_redis_reads_it(bench: Bench, text: str | int) -> None:
+    """Lengths are of bytes, whatever is sent."""
+    packed = AUTHORIZE.pack(["k"], [text])
+    data = str(text).encode()
+    assert packed.endswith(b"$1\r\n1\r\n$1\r\nk\r\n$%d\r\n%b\r\n" % (len(data), data))
+    assert packed.startswith(b"*5\r\n$7\r\nEVALSHA\r\n$40\r\n" + AUTHORIZE.sha.encode())

@@ -125,7 +125,7 @@ for j, row in ipairs(rows) do
   if row.ask then
     if exists[row.s] == nil then
       exists[row.s] = true
-      if row.s ~= other then made_by_gate(n, row.s, told[j][1], account) end
+      if row.s ~= other and not (row.used or row.held) then made_by_gate(n, row.s, told[j][1], account) end
     end
     redis.call('HINCRBY', row.s, row.base .. ' h', units)
     if row.stop and (not row.held or row.stop - at > 31 * 86400) then
