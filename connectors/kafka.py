@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaError as ClientError
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic, ResourceType
 
+from tollway.connectors.closing import close
 from tollway.connectors.errors import Refused, TollwayError, Unavailable
 from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
 
@@ -24,6 +25,7 @@ REQUEST_BYTES_MAX = 17 * 1024 * 1024
 CHECKPOINT_TAIL = 64
 """Newest records of a checkpoint partition that are read first; all of it only where they hold no valid one."""
 ADMIN_TIMEOUT_S = 15.0
+CUT_OFF_S = 2.0
 SAID_MAX = 16
 REPLICATION_MIN, MIN_ISR = 3, 2
 """Outside a single broker: with fewer copies an acknowledged record can be lost with one machine."""
@@ -197,6 +199,9 @@ async def started_producer(bootstrap: str, security: dict[str, Any], **options: 
     )
     try:
         await producer.start()
+    except asyncio.CancelledError:
+        await close(producer, CUT_OFF_S)
+        raise
     except KafkaConnectionError as error:
         await producer.stop()
         raise Unavailable(f"no Kafka at {bootstrap}: {error}") from error

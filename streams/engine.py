@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 FETCH_RECORDS_MAX = 20_000
 RETRY_MAX_S = 10.0
 REVOKE_WAIT_S = 3.0
-LAST_SAVE_S = 1.0
-"""A partition that is let go gets so long for its last checkpoint; without it more is read again, nothing else."""
+LAST_SAVES_S = 3.0
+"""Partitions that are let go get so long for their last checkpoints; without them more is read again, nothing else."""
 COMMIT_S = 5.0
 CLOSE_S = 2.0
 BLOCKED_RED_S = 30
@@ -82,6 +82,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self._changed = asyncio.Event()
         self._turn: asyncio.Task[None] | None = None
         self._fatal: BaseException | None = None
+        self._assigned: list[int] = []  # not loaded yet
         self._ticks = Ticks(config.tick_idle_s)
         of_log = config.epoch.partition("-")[2] if fold.topic == USAGE.name else None
         self._log = SameLog(config.bootstrap, config.admin_security, fold.topic, of_log)
@@ -216,9 +217,13 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         async with self._lock:
             generation = self.generation
             self._changed.clear()
+            if self._assigned and not await self._take_over():
+                return
             effects: list[Any] = []
             worked: list[int] = []
             for number in list(self.owned):
+                if generation != self.generation:
+                    return  # what was thought is thought again by the next owner
                 await self._think(number, effects, worked)
             if worked:
                 self.fail.hit(f"{self.fold.group}.before_effects")
@@ -378,7 +383,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
     # -- assignment --------------------------------------------------------------------------------------------------
 
     async def on_partitions_revoked(self, revoked: list[TopicPartition]) -> None:
-        """Finish or abandon the turn, checkpoint what is settled, let go: within 5 s."""
+        """Finish or abandon the turn, checkpoint what is settled, let go: within 7 s."""
         self.generation += 1
         self._changed.set()
         if revoked and not self._stopping.is_set():
@@ -388,34 +393,42 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._let_go()
 
     async def on_partitions_assigned(self, assigned: list[TopicPartition]) -> None:
-        """Load all partitions at once and seek to their checkpoints' next offsets."""
-        async with self._lock:
-            self.generation += 1
-            try:
-                await self._load(sorted(tp.partition for tp in assigned))
-                await self.fold.assigned({number: owned.state for number, owned in self.owned.items()})
-                self.joined = True
-            except Exception as error:  # noqa: BLE001 - raised by the next fetch: a listener's exception is only logged
-                self._fatal = error
+        """Note what is ours: the next turn loads it. aiokafka sends no heartbeat until this returns, and a load may outlast
+        the session: the group would expel us, give us the partitions again, and so on for ever."""
+        self.generation += 1
+        self._assigned, self.joined = sorted(tp.partition for tp in assigned), self.joined or not assigned
+
+    async def _take_over(self) -> bool:
+        """Load all new partitions at once and seek to their checkpoints' next offsets; False where Kafka was away."""
+        try:
+            await self._load(self._assigned)
+            await self.fold.assigned({number: owned.state for number, owned in self.owned.items()})
+        except Unavailable as error:
+            self._block(error)
+            await self._pause_between_tries(RETRY_FIRST_S * 5)
+            return False
+        self._assigned, self.joined = [], True
+        return True
 
     async def _end_turn(self) -> None:
         if self._turn is None:
             return
-        _, late = await asyncio.wait({self._turn}, timeout=REVOKE_WAIT_S)
+        _, late = await asyncio.wait({self._turn}, timeout=0 if self._assigned else REVOKE_WAIT_S)
         for turn in late:
             turn.cancel()
             await asyncio.wait({turn}, timeout=1)
 
     async def _let_go(self) -> None:
+        until = time.monotonic() + LAST_SAVES_S
         for number, owned in self.owned.items():
-            if owned.stopped or owned.unsettled or owned.state.next_offset == owned.checkpointed:
+            if owned.stopped or owned.unsettled or owned.state.next_offset == owned.checkpointed or self._assigned:
                 continue
             try:
-                await asyncio.wait_for(self.save(number), LAST_SAVE_S)
+                await asyncio.wait_for(self.save(number), max(0.0, until - time.monotonic()))
             except (TollwayError, TimeoutError) as error:
                 log.warning("%s: no last checkpoint of partition %d: %s", self.fold.group, number, error)
-        gone = list(self.owned)
-        self.owned = {}
+        gone = sorted({*self.owned, *self._assigned})
+        self.owned, self._assigned = {}, []
         await self.fold.revoked(gone)
 
     async def _load(self, partitions: list[int]) -> None:

@@ -190,6 +190,33 @@ async def test_a_crash_repeats_and_doubles_nothing(log: Log) -> None:
     }
 
 
+class Slow(Shown):
+    """A view that takes its time with new partitions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.go = 0, asyncio.Event()
+
+    async def assigned(self, states: dict[int, Any]) -> None:
+        self.taken += 1
+        await self.go.wait()
+
+
+async def test_a_load_may_outlast_the_session(log: Log) -> None:
+    """Loading for three session time-outs loses no partition: the group is given each once, and folds on from there."""
+    slow = Slow()
+    engine = log.engine(slow)
+    async with running(engine):
+        await until(lambda: slow.taken > 0)
+        began = time.monotonic()
+        await until(lambda: time.monotonic() - began > 3 * engine.config.session_timeout_ms / 1000)
+        slow.go.set()
+        await log.emit(2, 1)
+        end = await log.end(2)
+        await until(lambda: slow.offsets.get(2) == end)
+        assert (slow.taken, engine.losses) == (1, [])
+
+
 async def test_an_idle_partition_is_ticked_and_its_window_closes(log: Log) -> None:
     """Usage is billed although nothing comes behind it: ticks carry log time over the flush."""
     await log.control.send(log.account(0), "customer.bind", {"customer": "cus_0"})
