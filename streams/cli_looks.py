@@ -91,7 +91,11 @@ def _print_status(found: dict[str, Any]) -> None:
         "duplicates",
     ]
     for group, rows in found["groups"].items():
-        table(f"{group}: lag {rows['lag']}, standing for {rows['standing_s']} s, refused {sum(rows['refused'].values())}", rows["partitions"], columns)
+        table(
+            f"{group}: lag {rows['lag']}, standing for {rows['standing_s']} s, refused {sum(rows['refused'].values())}",
+            rows["partitions"],
+            columns,
+        )
     print(f"log {found['epoch']}, {found['dead_letters']} dead letters")
 
 
