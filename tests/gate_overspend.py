@@ -207,12 +207,18 @@ class Campaign:
         return scopes_of("user", event["principal"], **who)
 
     async def _look(self) -> None:
-        """used + held ≤ limit in every scope, now."""
-        self.looks += 1
+        """used + held ≤ limit in every scope, now. Between the parts of one apply a call stands in both for a moment: the gate
+        is stricter then, and what it shows is not the load."""
         keys = [key async for key in self.client.scan_iter(f"{PREFIX}s:*", count=1_000)]
         for key in keys:
             scope = key.decode().partition("~")[2]
-            found = await self.client.hmget(key, f"{BASE} u", f"{BASE} h")
+            pipe = self.client.pipeline(transaction=True)
+            pipe.hmget(f"{PREFIX}m", "begun", "off")
+            pipe.hmget(key, f"{BASE} u", f"{BASE} h")
+            (begun, off), found = await pipe.execute()
+            if begun != off:
+                continue
+            self.looks += 1
             load = sum(int(value or 0) for value in found)
             limit = self.limits[scope.partition(":")[0]]
             if load > limit:
@@ -224,6 +230,14 @@ class Campaign:
         if not await self.view.drained(60):
             self.breaches.append(f"the fold does not reach Redis: {self.view.stats()}")
 
+    async def _reached(self) -> None:
+        """Redis shows all that is folded, and the lane's log time with it: without new totals that comes once a step."""
+        await self._shown()
+        async with asyncio.timeout(60):
+            while int(await self.client.hget(f"{PREFIX}m", "log") or 0) < self.log.state.log_time_ms:
+                self.view.note(HOME, self.log.state)
+                await asyncio.sleep(0.02)
+
     async def _settle(self) -> int:
         """All is emitted: abandoned holds expire by log time; then the gate's figures are the fold's, and the journals'."""
         self._read()
@@ -231,14 +245,14 @@ class Campaign:
         expired = 0
         for ahead_s in AHEAD_S:
             self.log.at(int(time.time()) + ahead_s)
-            await self._shown()
+            await self._reached()
             more = True
             while more:
                 swept = Swept.read((await fly(self.client, [SWEEP.call(lane(ACCOUNT), 500)]))[0])
                 expired, more = expired + len(swept.unsettled), swept.more
                 self.log.quota.put_back_closes(lane(ACCOUNT), [hold for hold, _, _ in swept.asked])
             self.log.at(int(time.time()) + ahead_s)
-            await self._shown()
+            await self._reached()
         await self._look()
         folded = {scope: units for (scope, *_), units in self.log.quota.totals(ACCOUNT).items()}
         keys = [key async for key in self.client.scan_iter(f"{PREFIX}s:*", count=1_000)]
