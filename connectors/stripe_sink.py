@@ -48,13 +48,13 @@ class StripeSink(Queued):
     async def send(self, events: list[dict[str, Any]]) -> None:
         """Every meter event of a batch. Raises Unavailable where any has no certain answer: those alone are sent again."""
         limit = asyncio.Semaphore(CALLS_MAX)
-        calls = [call for event in events for call in self._calls(event) if call[0] not in self._settled]
+        calls = {call[0]: call for event in events for call in self._calls(event) if call[0] not in self._settled}
 
         async def one(call: tuple[str, str, str, int, int]) -> str:
             async with limit:
                 return self._answered(call[0], await self._attempt(call))
 
-        waiting = [reason for reason in await asyncio.gather(*map(one, calls)) if reason]
+        waiting = [reason for reason in await asyncio.gather(*map(one, calls.values())) if reason]
         if waiting:
             raise Unavailable(f"Stripe: {waiting[0]}")
         self._settled.clear()
