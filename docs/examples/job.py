@@ -13,7 +13,7 @@ async def main(paths: list[str]) -> int:
     principal = Principal("client", os.environ["CLIENT"], os.environ["ACCOUNT"])
     async with (
         Emitter(os.environ["TOLLWAY_KAFKA_BOOTSTRAP"]) as emitter,
-        Gate(os.environ["TOLLWAY_REDIS_URL"], emitter) as gate,
+        Gate(os.environ["TOLLWAY_REDIS_URL"], emitter, deadline_s=2) as gate,
     ):
         meter = Meter(emitter, gate=gate, principal=principal, surface="agent")
         with run(f"words-{os.getpid()}", agent="word-counter"):

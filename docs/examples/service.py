@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from tollway import Bearer, ClaimedAccount, Emitter, Gate, Meter, MeterMiddleware, current_call
 
 emitter = Emitter(os.environ["TOLLWAY_KAFKA_BOOTSTRAP"])
-gate = Gate(os.environ["TOLLWAY_REDIS_URL"], emitter)
+gate = Gate(os.environ["TOLLWAY_REDIS_URL"], emitter, deadline_s=2)
 meter = Meter(emitter, gate=gate)
 issuer = os.environ["ISSUER"]
 who = Bearer(issuer=issuer, audience="https://api.example", jwks=f"{issuer}/jwks", directory=ClaimedAccount("org"))

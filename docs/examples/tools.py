@@ -10,7 +10,7 @@ from tollway import Emitter, Gate, Meter, Principal, current_call
 from tollway.connectors.mcp import Metering
 
 emitter = Emitter(os.environ["TOLLWAY_KAFKA_BOOTSTRAP"])
-gate = Gate(os.environ["TOLLWAY_REDIS_URL"], emitter)
+gate = Gate(os.environ["TOLLWAY_REDIS_URL"], emitter, deadline_s=2)
 meter = Meter(emitter, gate=gate, principal=Principal("client", os.environ["CLIENT"], os.environ["ACCOUNT"]))
 
 
