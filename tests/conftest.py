@@ -1,5 +1,7 @@
 """One real broker, one real Valkey, one real ClickHouse engine a test run; each starts when a test first asks for it."""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +75,15 @@ def clickhouse(parts_folder: Path) -> Iterator[ClickHouseServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of as many KiB as the test asks for."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small disk takes the right to mount one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -185,18 +185,7 @@ def test_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
     spool.abandon()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small disk takes the right to mount one")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [256], indirect=True)
 async def test_a_disk_that_we_filled_ourselves_is_freed(log: Log, small_disk: Path) -> None:
     """On a disk filled by the spool events are refused; once they are acknowledged there is room, and it goes on without a gap."""
     emitter = emitter_to(log, small_disk)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -253,18 +253,7 @@ async def test_killed_inside_a_change_while_sending(log: Log, tmp_path: Path) ->
     assert len(set(found) - returned) <= len(killed)  # one a kill: appended, and killed before it was written down
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a small disk takes the right to mount one")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [512], indirect=True)
 @pytest.mark.parametrize("when_full", ["refuse", "drop_oldest"])
 async def test_a_disk_that_others_fill(log: Log, small_disk: Path, when_full: str) -> None:
     """Others fill the disk while events are emitted and sent: refusals are counted, the rest is in the log once; with room
