@@ -7,7 +7,7 @@ from tests.simulation.gate_invariants import Violation
 from tests.simulation.gate_mutants import MUTANTS, Mutant
 from tests.simulation.gate_world import play
 
-WORLDS = {"mixed": 160, "storm": 80, "days": 80}
+WORLDS = {"mixed": 160, "storm": 80, "days": 80, "leases": 120}
 KILLED_WITHIN = 200
 """Faults that need more worlds are planted by `python -m tests.simulation.gate --mutants` alone."""
 

@@ -4,7 +4,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tests.simulation import gate_leases
 from tests.simulation.gate_fold import ACCOUNT, Entry
+from tests.simulation.gate_leases import Drawn
+from tollway.connectors.gate_policy import Outages
 
 if TYPE_CHECKING:
     from tests.simulation.gate_world import World
@@ -38,10 +41,12 @@ class Call:
     uncovered: bool = False
     """It is uncovered just now, by a loss of data."""
     lost_usage: bool = False
+    lease: bool = False
+    """No call, but a lease: what is drawn on it is usage of its own."""
 
     def load(self, where: tuple[str, str]) -> int:
         """What it really uses of a field; nothing where it was not executed."""
-        if (self.voided and not self.void_late) or self.lost_usage:
+        if (self.voided and not self.void_late) or self.lost_usage or self.lease:
             return 0
         meter = where[1].partition(" ")[0]
         if not any((scope, base) == where for scope, base, _ in self.fields):
@@ -64,6 +69,7 @@ class Mine:
     """Its capture was answered."""
     captured: bool = False
     voided: bool = False
+    lease: bool = False
 
 
 @dataclass
@@ -78,9 +84,15 @@ class SimGate:
     pending: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """call id → ask, of calls whose answer never came."""
     seq: int = 0
-    spool: deque[tuple[Entry, Call | None]] = field(default_factory=deque)
+    spool: deque[tuple[Entry, Call | Drawn | None]] = field(default_factory=deque)
     acked: dict[int, int] = field(default_factory=dict)
     blocked_until_us: int = 0
+    outages: Outages = field(default_factory=lambda: Outages("lease"))
+
+    def remember(self, call: Call) -> Mine:
+        """A hold that was granted."""
+        mine = self.holds[call.hold] = Mine(call, list(call.fields), call.exp)
+        return mine
 
     def learn(self, reply: tuple[Any, ...]) -> bool:
         """False = re-assert first."""
@@ -104,7 +116,7 @@ class SimGate:
             return
         last = None
         for hold, mine in list(self.holds.items()):
-            if mine.voided:
+            if mine.voided or (mine.lease and "leases_are_not_reasserted" in world.bugs):
                 continue
             used = mine.call.used if mine.captured else None
             fields = mine.fields
@@ -128,7 +140,11 @@ class SimGate:
             arguments = (ACCOUNT, scopes, call, f"f{call}", hold, triples, ttl_ms, GRACE_MS, self.id, self.gen)
             reply = world.deliver("authorize", world.now_us, *arguments, self.floor, gate=self, ask=ask)
             if reply is None:
-                self.pending[call] = ask
+                if world.profile.leases and gate_leases.draw(self, world, ask, call):
+                    self.pending.pop(call, None)
+                    self._orphan(world, hold)
+                else:
+                    self.pending[call] = ask
                 return
             current = self.learn(reply)
             if not current:
@@ -146,7 +162,12 @@ class SimGate:
             or any(mine.call is found for mine in self.holds.values())
         ):
             return
-        self.holds[found.hold] = Mine(found, list(found.fields), found.exp)
+        self.remember(found)
+
+    def _orphan(self, world: "World", hold: str) -> None:
+        """Redis may have granted what was executed on a lease."""
+        if (found := world.calls.get(hold)) is not None:
+            self.void(world, self.remember(found))
 
     def execute(self, world: "World", mine: Mine) -> None:
         """The call is made: its usage goes into the spool, then its hold is captured."""
@@ -204,6 +225,7 @@ class SimGate:
             return
         if not self.learn(reply):
             self.reassert(world)
+        gate_leases.end(self, world)
         for hold, mine in list(self.holds.items()):
             if mine.voided:
                 self.void(world, mine)

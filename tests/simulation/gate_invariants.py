@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.simulation.gate_fold import ACCOUNT, truth
 from tests.simulation.gate_gates import Call
+from tests.simulation.gate_leases import Drawn
 from tests.simulation.gate_model import DAY_MS, DAY_S, Lane
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def always(world: "World") -> None:
             expect(gone(lane, scope, base), "TIE", ("absent", scope, base, total))
     for call in world.calls.values():
         _cover(world, call)
+    for call in {id(drawn.lease): drawn.lease for drawn in world.drawn}.values():
+        _leased(world, call)
 
 
 def _cover(world: "World", call: Call) -> None:
@@ -80,6 +83,30 @@ def _cover(world: "World", call: Call) -> None:
         call.uncovered = False
     else:
         expect(call.uncovered, "COVER", call)
+
+
+def shown(world: "World", drawn: Drawn, where: tuple[str, str]) -> bool:
+    """Whether Redis' totals contain usage that a lease has covered."""
+    if drawn.lost_usage or drawn.offset is None:
+        return drawn.lost_usage
+    return (world.lane.used(*where) or 0) >= drawn.need.get(where, 0) or gone(world.lane, *where)
+
+
+def _leased(world: "World", call: Call) -> None:
+    """A lease holds what was drawn on it until it is counted, or log time has expired it."""
+    if call.expired or call.lost:
+        return
+    record = world.lane.h.get(call.hold)
+    held = {(row[0], row[1]): row[2] for row in record.fields} if record is not None and record.st == "H" else {}
+    owed: dict[tuple[str, str], int] = {}
+    for drawn in world.drawn:
+        if drawn.lease is call:
+            expect(drawn.at_us // 1000 < call.exp, "LEASE", ("drawn after its end", drawn))
+            for where in drawn.units:
+                if not shown(world, drawn, where):
+                    owed[where] = owed.get(where, 0) + drawn.covered(where)
+    short = {where: units for where, units in owed.items() if units > held.get(where, 0)}
+    expect(not short, "LEASE", (short, record, call))
 
 
 def before(world: "World", kind: str, arguments: tuple[Any, ...]) -> Any:
@@ -125,6 +152,10 @@ def after(world: "World", kind: str, arguments: tuple[Any, ...], reply: Any, fou
             call = world.calls[hold]
             if call.offset is not None and world.log[call.offset].append_ms < log and not call.lost:
                 expect(represented(world, call), "EXPIRY", ("its usage is read, not shown", call))
+            for drawn in world.drawn if call.lease and not call.lost else ():
+                if drawn.lease is call and drawn.offset is not None and world.log[drawn.offset].append_ms < log:
+                    missing = [where for where in drawn.units if not shown(world, drawn, where)]
+                    expect(not missing, "EXPIRY", ("what was drawn is read, not shown", missing, call))
 
 
 def _ready(world: "World") -> None:
@@ -194,10 +225,11 @@ def _attributed(world: "World", hold: str) -> None:
         where = (scope, base)
         limit = Lane._limit(world.policy, scope.partition("~")[2], base)
         loads = [(call, call.load(where)) for call in world.calls.values()]
-        excess = sum(load for _, load in loads) + world.metering.get(where, 0) - (limit or 0)
+        excess = sum(load for _, load in loads) + world.metering.get(where, 0) + _drawn(world, where) - (limit or 0)
         if limit is None or excess <= 0:
             continue
         expired = sum(load for call, load in loads if call.expired)
+        expired += _drawn(world, where, uncovered=True)
         causes = expired + world.metering.get(where, 0)
         causes += sum(call.overrun(where) for call, _ in loads)
         causes += sum(load for call, load in loads if (call.lost or call.void_late) and not call.expired)
@@ -205,6 +237,14 @@ def _attributed(world: "World", hold: str) -> None:
         if world.profile.clean and not world.profile.void_late:
             expect(excess <= expired, "OVERSPEND", (where, excess, expired))
         expect(excess <= causes, "ATTRIBUTION", (where, excess, causes))
+
+
+def _drawn(world: "World", where: tuple[str, str], uncovered: bool = False) -> int:
+    """Units of a field drawn on leases; uncovered: on those that have expired or were lost, or in a window that they do not hold."""
+    found = [drawn for drawn in world.drawn if not drawn.lost_usage]
+    if uncovered:
+        found = [each for each in found if each.lease.expired or each.lease.lost or not each.covered(where)]
+    return sum(each.units.get(where, 0) for each in found)
 
 
 def idempotent(world: "World", kind: str, arguments: tuple[Any, ...], copy: Lane) -> None:

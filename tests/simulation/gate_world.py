@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.simulation import gate_invariants as invariants
+from tests.simulation import gate_leases
 from tests.simulation.gate_fold import EPOCH, SOURCE_LIFE_MS, Entry, Field, Fold, counted
 from tests.simulation.gate_gates import GRACE_MS, Call, SimGate
+from tests.simulation.gate_leases import Drawn
 from tests.simulation.gate_model import Lane, Policy
 
 START_US = 1_767_311_700_000_000  # 2026-01-01 23:55 UTC: a day ends in five minutes
 USERS = ("user:u1", "user:u2")
+GATES_ASK = frozenset({"authorize", "capture", "void", "extend", "reassert", "meta"})
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,16 @@ class Profile:
     """Spools stop, sometimes for longer than holds last."""
     jumps: bool
     """Time jumps over hours and days."""
+    leases: bool = False
+    """Redis is away from gates for a while, and they have leases."""
 
     @classmethod
     def of(cls, seed: int, dice: random.Random, kind: str = "mixed") -> "Profile":
         """mixed: a quarter is clean (a bad network alone), an eighth storms. storm: failovers at 8 % of the steps, days that
-        end. days: time jumps over windows' ends."""
+        end. days: time jumps over windows' ends. leases: outages, half of them with failovers and deaths."""
+        if kind == "leases":
+            harsh = seed % 2
+            return cls(120, 30, 20 * harsh, 0, 25, 10 * harsh, False, False, False, False, seed % 4 > 1, False, True)
         if kind == "storm":
             return cls(120, 60, 80, 5, 40, 15, False, False, False, False, False, True)
         if kind == "days":
@@ -67,6 +75,8 @@ class World:
         self.calls: dict[str, Call] = {}
         self.asks: dict[str, tuple[Any, ...]] = {}
         self.metering: dict[Field, int] = {}
+        self.drawn: list[Drawn] = []
+        self.grace_ms, self.away_until_us = GRACE_MS, 0
         self.born_ms: dict[str, int] = {}
         self.stats: Counter[str] = Counter()
         self.policy = Policy(1, self._limits(), max_staleness_s=self.dice.choice([30, *[10**7] * 9]))
@@ -81,13 +91,15 @@ class World:
 
     def _limits(self) -> dict[str, int]:
         dice = self.dice
-        return {
+        limits = {
             "acct|calls|d": dice.randint(4, 16),
             "user|calls|h": dice.randint(2, 8),
             "acct|usd|L": dice.randint(20, 120),
             "user|usd|d": dice.randint(15, 60),
             "run|usd|L": dice.randint(10, 50),
         }
+        room = 4 if self.profile.leases else 1  # for a lease beside the calls
+        return {name: room * limit for name, limit in limits.items()}
 
     def _gate(self) -> SimGate:
         gate = SimGate(self.name("g"), self.name("s"))
@@ -109,6 +121,8 @@ class World:
 
     def deliver(self, kind: str, *arguments: Any, **about: Any) -> Any:
         """One script call; None = no answer came. What Redis did is judged whether or not it came."""
+        if self.away(kind):
+            return None
         lost = self.dice.random() * 1000 < self.profile.lose if self.faults else False
         if lost and self.dice.random() < 0.5:
             return None
@@ -128,10 +142,14 @@ class World:
             invariants.idempotent(self, kind, arguments, copy)
         return reply
 
+    def away(self, kind: str) -> bool:
+        """Whether gates cannot reach Redis just now; the fold can."""
+        return self.faults and kind in GATES_ASK and self.now_us < self.away_until_us
+
     def meta(self, gate: str) -> tuple[Any, ...] | None:
         """HMGET m, as a gate reads it."""
         m = self.lane.m
-        return None if m is None else ("META", m.gen, m.off, self.lane.g.get(gate, 0))
+        return None if m is None or self.away("meta") else ("META", m.gen, m.off, self.lane.g.get(gate, 0))
 
     def _learn(self, kind: str, arguments: tuple[Any, ...], reply: Any, about: dict[str, Any], before: Any) -> None:
         """What the world now knows to be true, whoever was told."""
@@ -166,6 +184,7 @@ class World:
             (profile.death, self._death),
             (25 if profile.policies else 0, self._policy),
             (20 if profile.void_late else 0, self._void_late),
+            (80 if profile.leases else 0, self._away),
         ):
             if chance < weight:
                 happen()
@@ -173,7 +192,10 @@ class World:
             chance -= weight
         kinds = [self._ask, self._execute, self._poll, self._send, self._fold, self._write, self._sweep]
         kinds += [self._void, self._extend, self._save, self._zombie, self._meter]
-        dice.choices(kinds, [26, 16, 7, 14, 14, 22, 5, 3, 5, 4, 4, 3])[0]()
+        weights = [26, 16, 7, 14, 14, 22, 5, 3, 5, 4, 4, 3]
+        if profile.leases:
+            kinds, weights = [*kinds, self._lease], [*weights, 22]
+        dice.choices(kinds, weights)[0]()
 
     def _time(self) -> None:
         dice = self.dice
@@ -197,6 +219,13 @@ class World:
             self.snapshots = self.snapshots[: place + 1]
             self.stats["failovers"] += 1
             self._lost_data()
+
+    def _away(self) -> None:
+        """Gates do not reach Redis for a while."""
+        self.away_until_us = self.now_us + self.dice.choice([2, 30, 120, 600]) * 1_000_000
+
+    def _lease(self) -> None:
+        gate_leases.take(self._pick(), self, self._an_ask())
 
     def _flush(self) -> None:
         self.lane, self.snapshots = Lane(self.bugs), []
@@ -238,7 +267,7 @@ class World:
         self.policy_changed = True
 
     def _some(self, gate: SimGate, captured: bool = False) -> Any:
-        open_ones = [m for m in gate.holds.values() if not m.voided and m.captured == captured]
+        open_ones = [m for m in gate.holds.values() if not m.voided and m.captured == captured and not m.lease]
         return self.dice.choice(open_ones) if open_ones else None
 
     def _pick(self) -> SimGate:
@@ -246,7 +275,7 @@ class World:
 
     def _ask(self) -> None:
         gate, dice = self._pick(), self.dice
-        ended = [call for call in self.calls.values() if call.voided or call.expired]
+        ended = [call for call in self.calls.values() if (call.voided or call.expired) and call.id in self.asks]
         if ended and dice.random() < 0.1:  # the caller tries again what was given up
             call = dice.choice(ended).id
             gate.authorize(self, self.asks[call], call)
@@ -255,15 +284,21 @@ class World:
             call = dice.choice(sorted(gate.pending))
             gate.authorize(self, gate.pending[call], call)
             return
+        ask, call = self._an_ask(), self.name("c")
+        self.asks[call] = ask
+        gate.authorize(self, ask, call)
+
+    def _an_ask(self) -> tuple[Any, ...]:
+        dice = self.dice
+        if self.profile.leases and dice.random() < 0.8:  # whom a lease is for
+            most = dice.randint(1, 6)
+            return ("acct", USERS[0]), (("calls", 1, 1), ("usd", most, dice.randint(1, most))), 20_000
         scopes = ("acct", dice.choice(USERS), *(("run:r1",) if dice.random() < 0.4 else ()))
         triples: list[tuple[str, int, int]] = [("calls", 1, 1)] if dice.random() < 0.8 else []
         if dice.random() < 0.6 or not triples:
             most = dice.randint(1, 20)
             triples.append(("usd", most, dice.randint(1, most)))
-        ask = (scopes, tuple(triples), dice.choice([20_000, 300_000]))
-        call = self.name("c")
-        self.asks[call] = ask
-        gate.authorize(self, ask, call)
+        return scopes, tuple(triples), dice.choice([20_000, 300_000])
 
     def _execute(self) -> None:
         gate = self._pick()
@@ -331,6 +366,8 @@ class World:
             self.totals[where] = self.totals.get(where, 0) + units
         if call is not None:
             call.offset = offset
+            if isinstance(call, Drawn):
+                call.units = {where: units for where, _, units in counted(self.log[offset], 0, frozenset())}
             call.need = {where: self.totals[where] for where, _, _ in counted(self.log[offset], 0, frozenset())}
 
     def _fold(self) -> None:
