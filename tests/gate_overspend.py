@@ -37,6 +37,8 @@ BASE = f"{METER} {WINDOW}:0"
 SHARES = {"acct": 30, "user": 12, "agent": 18, "sess": 10, "run": 5}
 """Units of each scope's limit for ten attempts: some run out early, some never."""
 FOLD_EVENTS = 2_000
+PHANTOM_LOOKS = 20
+"""Times in a campaign at which every open hold is asked for."""
 GRACE_S, AHEAD_S = 40, (50, 55)
 """Log time may be 60 s ahead of Redis' clock: far enough for what was abandoned to expire."""
 
@@ -112,6 +114,7 @@ class Report:
     breaches: list[str]
     attempts: int
     looks: int
+    phantom_looks: int
     events: int
     killed: int
     expired: int
@@ -134,6 +137,9 @@ class Campaign:
         self.children: dict[int, tuple[asyncio.subprocess.Process, Path]] = {}
         self.journals: dict[Path, int] = {}
         self.used: Counter[str] = Counter()
+        self.folded: set[str] = set()
+        """Holds whose usage is folded."""
+        self.phantom_looks = 0
         self.events = self.looks = self.killed = 0
         self.breaches: list[str] = []
 
@@ -157,7 +163,15 @@ class Campaign:
             await self.client.aclose()
         seconds = round(time.monotonic() - started, 1)
         return Report(
-            self.breaches, self.attempts, self.looks, self.events, self.killed, expired, seconds, dict(self._seen())
+            breaches=self.breaches,
+            attempts=self.attempts,
+            looks=self.looks,
+            phantom_looks=self.phantom_looks,
+            events=self.events,
+            killed=self.killed,
+            expired=expired,
+            seconds=seconds,
+            seen=dict(self._seen()),
         )
 
     async def _start(self, attempts: int) -> None:
@@ -175,6 +189,9 @@ class Campaign:
         self.log.at(int(time.time()))
         self.view.note(HOME, self.log.state)
         await self._look()
+        if self.events >= self.phantom_looks * self.attempts // (2 * PHANTOM_LOOKS):
+            self.phantom_looks += 1
+            await self._look_for_phantoms()
         due = (self.killed + 1) * self.attempts // (3 * (KILLS + 1))
         running = [(child, journal) for child, journal in self.children.values() if child.returncode is None]
         if self.killed < KILLS and self.events >= due and len(running) == PROCESSES:
@@ -199,6 +216,7 @@ class Campaign:
                     self.used[scope] += event["quantities"][METER]
             if events:
                 self.events += len(events)
+                self.folded.update(event["hold"] for event in events)
                 self.log.fold(*events)
 
     @staticmethod
@@ -223,6 +241,14 @@ class Campaign:
             limit = self.limits[scope.partition(":")[0]]
             if load > limit:
                 self.breaches.append(f"{scope} has {load} of {limit}")
+
+    async def _look_for_phantoms(self) -> None:
+        """Outside a running apply no hold is open whose usage is folded: it would refuse others for what is counted already."""
+        await self._shown()
+        waiting = {hold.decode() for hold in await self.client.zrange(f"{PREFIX}hx", 0, -1)}
+        for hold in waiting & self.folded:
+            if await self.client.hget(f"{PREFIX}h:{hold}", "st") in (b"H", b"C"):
+                self.breaches.append(f"hold {hold} is open, although its usage is folded")
 
     async def _shown(self) -> None:
         """Redis shows all that is folded."""

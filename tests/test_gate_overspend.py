@@ -17,3 +17,4 @@ async def test_no_scope_is_overspent_and_the_gate_ends_equal_to_the_fold(valkey:
     assert report.seen["denied limit"] > 0
     assert report.seen["allowed"] > ATTEMPTS // 10
     assert report.expired > 0
+    assert report.phantom_looks >= 10
