@@ -33,6 +33,7 @@ PRINCIPAL_KINDS = ("user", "client")
 BOUND_SCOPES = ("agent",)
 """Scope kinds that a principal may be bound to; its account and its own scope are always there."""
 SECONDS_MAX = 366 * 86_400
+FOLD_VERSION_MAX = 1_000_000
 
 DEFAULT_POLICY: dict[str, Any] = {
     "counts": [{"meter": "calls", "windows": ["m", "h", "d", "M"], "scopes": ["acct", PRINCIPAL]}],
@@ -70,7 +71,7 @@ class LogConfig:
 def check_body(kind: str, account: str, body: dict[str, Any]) -> None:
     """Refuse a command that the fold would refuse. Raises CommandError naming field, value and cure.
 
-    Kinds: log.open, key.add, meter.add, price.add (broadcast); an account's: account.open, account.freeze,
+    Kinds: log.open, key.add, meter.add, price.add, fold.change (broadcast); an account's: account.open, account.freeze,
     account.unfreeze, customer.bind, policy.set, principal.bind, principal.unbind, run.close, session.close. rail.event is
     an account's, or everybody's where it concerns no account.
     """
@@ -151,6 +152,11 @@ def _price_add(body: dict[str, Any]) -> None:
     for meter in units:
         _meter({"unit_nano": meter}, "unit_nano")
         _whole(units, meter, 0, MONEY_NANO_MAX, "unit_nano.")
+
+
+def _fold_change(body: dict[str, Any]) -> None:
+    _whole(body, "version", 2, FOLD_VERSION_MAX)
+    _whole(body, "at_s", 0, 2**40)
 
 
 def _account_open(body: dict[str, Any]) -> None:
@@ -295,6 +301,7 @@ _RULES: dict[str, tuple[bool | None, tuple[str, ...], Callable[[dict[str, Any]],
     "key.add": (True, ("kid", "public_key"), _key_add),
     "meter.add": (True, ("meter", "event_name"), _meter_add),
     "price.add": (True, ("price_ref", "asset", "unit_nano"), _price_add),
+    "fold.change": (True, ("version", "at_s"), _fold_change),
     "account.open": (False, ("name",), _account_open),
     "account.freeze": (False, ("reason",), _reason),
     "account.unfreeze": (False, ("reason",), _reason),

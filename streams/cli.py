@@ -9,7 +9,7 @@ import typer
 
 from tollway.connectors.errors import Refused, TollwayError, Unavailable
 from tollway.schemas.evolution import SchemaError
-from tollway.streams import cli_accounts, cli_control, cli_looks, cli_rebuild, cli_setup
+from tollway.streams import cli_accounts, cli_control, cli_fold, cli_looks, cli_rebuild, cli_setup
 from tollway.streams.cli_words import Data, Json, do, read_settings
 
 app = typer.Typer(
@@ -85,6 +85,7 @@ app.add_typer(cli_control.app)
 app.add_typer(cli_accounts.app)
 app.add_typer(cli_looks.app)
 app.add_typer(cli_rebuild.app)
+app.add_typer(cli_fold.app)
 
 
 def main() -> None:

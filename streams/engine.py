@@ -21,7 +21,7 @@ from tollway.schemas.topics import CHECKPOINTS, TICK_KEY, USAGE
 from tollway.streams import checkpoint
 from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.failpoint import Failpoints
-from tollway.streams.fold import Fold, Message
+from tollway.streams.fold import Fold, Message, NewerFold
 from tollway.streams.owned import RETRY_FIRST_S, Owned, as_records
 from tollway.streams.same_log import SameLog
 from tollway.streams.ticks import Ticks
@@ -249,11 +249,12 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         if owned.stopped or not owned.stash:
             return
         try:
-            count = self.fold.ready(owned.state, owned.stash)
-            if not count:
+            if not (count := self.fold.ready(owned.state, owned.stash)):
                 return
             owned.unsettled = True
             effects.append(await self.fold.take(owned.state, as_records(owned.stash[:count])))
+        except NewerFold:
+            raise  # the others of the group may know it
         except Exception as error:
             log.exception("%s: partition %d cannot go on", self.fold.group, number)
             self._halt(number, f"{type(error).__name__}: {error}")
@@ -308,8 +309,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         before = {number: self.owned[number] for number in due}
         await self._load(due)
         for number in due:
-            self.owned[number].retry_s = before[number].retry_s
-            self.owned[number].paused = before[number].paused
+            self.owned[number].retry_s, self.owned[number].paused = before[number].retry_s, before[number].paused
         await self.fold.assigned({number: self.owned[number].state for number in due})
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

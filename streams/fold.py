@@ -17,6 +17,10 @@ class Unseated(Fatal):
     """This engine may not go on with its partitions: drop it, join the group again, load from the log."""
 
 
+class NewerFold(Fatal):
+    """The log is folded by a version that this build does not know: this worker leaves the partitions to others."""
+
+
 class Fold(Protocol):
     """One group's thinking and its effects."""
 

@@ -78,6 +78,9 @@ def _checked_command(state: PartitionState, records: Records) -> dict[str, Any]:
         raise _CommandRefused("bad_command", str(error)) from error
     if command["kind"] == "log.open" and not opening and command["command_id"] not in state.directory.seen:
         raise _CommandRefused("bad_command", "this log is open already")
+    known = command["command_id"] in state.directory.seen
+    if command["kind"] == "fold.change" and not known and (refusal := state.directory.fold_refusal(body)) is not None:
+        raise _CommandRefused(*refusal)
     if account != BROADCAST and (refusal := state.directory.refusal(command["kind"], account, body)) is not None:
         raise _CommandRefused(*refusal)
     return {**command, "body": body, "kid": kid}

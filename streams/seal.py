@@ -19,7 +19,7 @@ from tollway.connectors.errors import Fatal
 from tollway.schemas.topics import CHECKPOINTS
 from tollway.streams.checkpoint import SEALED, framed, unframed
 from tollway.streams.fold import Message
-from tollway.streams.state import FOLD_VERSION, PartitionState
+from tollway.streams.state import PartitionState
 from tollway.streams.totals import packed as pack_buffer
 from tollway.streams.totals import unpacked as unpack_buffer
 
@@ -100,7 +100,7 @@ def sealed(group: str, state: PartitionState, day: int) -> Seal:
         day=day,
         next_offset=state.next_offset,
         log_time_ms=state.log_time_ms,
-        fold_version=FOLD_VERSION,
+        fold_version=state.directory.fold_version,
         hash=hashlib.sha256(plain).digest(),
         packed=zstandard.ZstdCompressor(level=3).compress(plain),
     )

@@ -82,7 +82,7 @@ class SealSources:
                 )
         groups: dict[str, list[Seal]] = {}
         for _, seal in sorted(found.items()):
-            if seal.fold_version == FOLD_VERSION:  # another version's states are not ours to compare with
+            if seal.fold_version <= FOLD_VERSION:  # a newer version's states are not ours to load
                 groups.setdefault(seal.group, []).append(seal)
         return groups
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from tollway.streams.dedupe import Dedupe
 from tollway.streams.directory import Directory
+from tollway.streams.fold import NewerFold
 
 FOLD_VERSION = 1
-"""Raised when the same log would fold to something else; the change then takes effect at a step named by a command."""
+"""Newest way of folding that this build knows; older ones stay. Raised where the same log would fold to something else: what
+is new counts where `directory.fold_version` says so, from a step that the command `fold.change` names."""
 
 
 @dataclass
@@ -39,11 +41,13 @@ class PartitionState:
         return log_time_ms // (self.step_s * 1000)
 
     def enter(self, step: int) -> None:
-        """A new step begins: forget what admission refuses by now."""
+        """A new step begins: forget what admission refuses by now. Raises NewerFold before anything of the step is folded."""
         self.step = step
         now_ms = step * self.step_s * 1000
         self.dedupe.forget(now_ms, self.step_s)
         self.directory.forget(now_ms)
+        self.directory.change_fold(now_ms // 1000)
+        refuse_newer(self.partition, self.directory)
 
     def dump(self) -> dict[str, Any]:
         """The state, as msgpack takes it; parts dump themselves."""
@@ -62,7 +66,9 @@ class PartitionState:
     def load(
         cls, partition: int, partitions: int, epoch: str, state: dict[str, Any], parts: dict[str, Any]
     ) -> "PartitionState":
-        """The inverse of `dump`; `parts` maps a name to the class whose `load` takes that part's dump."""
+        """The inverse of `dump`; `parts` maps a name to the class whose `load` takes that part's dump. Raises NewerFold."""
+        directory = Directory.load(state["directory"])
+        refuse_newer(partition, directory)  # before parts whose dumps may be in a newer form
         return cls(
             partition=partition,
             partitions=partitions,
@@ -70,9 +76,18 @@ class PartitionState:
             next_offset=state["next_offset"],
             log_time_ms=state["log_time_ms"],
             step=state["step"],
-            directory=Directory.load(state["directory"]),
+            directory=directory,
             dedupe=Dedupe.load(state["dedupe"]),
             refused=state["refused"],
             undeclared=state["undeclared"],
             parts={name: kind.load(state["parts"][name]) for name, kind in parts.items()},
+        )
+
+
+def refuse_newer(partition: int, directory: Directory) -> None:
+    """Raises NewerFold where this build would fold on in another way than it must."""
+    if directory.fold_version > FOLD_VERSION:
+        raise NewerFold(
+            f"partition {partition} is folded by version {directory.fold_version}, this worker knows up to {FOLD_VERSION}: "
+            "deploy the newer one; nothing was folded wrongly"
         )
