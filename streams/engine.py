@@ -440,9 +440,10 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         groups = {self.fold.group: self.fold.fencing is not None}
         config = self.config
         found = await newest_checkpoints(config.bootstrap, config.security, config.epoch, groups, partitions)
+        loads = {number: found.of(self.fold.group, number) for number in partitions}
+        await self._log.confirm()  # before anything is replaced: a load that fails leaves all as it was
         now = time.monotonic()
-        for place, number in enumerate(partitions):
-            loaded = found.of(self.fold.group, number)
+        for place, (number, loaded) in enumerate(loads.items()):
             state = self.fold.load(number, loaded.state)
             stagger_s = self.config.checkpoint_s * (place + 1) / len(partitions)
             self.owned[number] = Owned(
@@ -457,7 +458,6 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                 size=loaded.size,
             )
             self.consumer.seek(TopicPartition(self.fold.topic, number), state.next_offset)
-        await self._log.confirm()
 
     def _count_loss(self) -> None:
         """aiokafka does not notice a twin with our instance id: they steal from each other for ever."""
