@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCK := requirements-dev.lock
 CODE := schemas connectors streams src tests benchmarks docs/settings_page.py docs/examples
 
-.PHONY: help demo test check prove soak registry bench overspend docs lock clean
+.PHONY: help demo test check prove crash soak registry bench overspend docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,6 +26,9 @@ check: .venv/.dev ## lint, format, types and contracts, without running anything
 
 prove: .venv/.dev ## fifty thousand calls under kill -9, compared to the unit; EVENTS=1000000 [SEED=1] [OUT=report.json]: all parts die
 	$(BIN)/python -m tests.prove --seed $(or $(SEED),1) $(if $(EVENTS),--whole --events $(EVENTS)) $(if $(OUT),--out $(OUT))
+
+crash: .venv/.dev ## KILLS=1000 of every process at random moments, with zombies, again while it recovers; [SEED=1] [OUT=report.json]
+	$(BIN)/python -m tests.crash --kills $(or $(KILLS),1000) --seed $(or $(SEED),1) $(if $(OUT),--out $(OUT))
 
 soak: .venv/.dev ## MINUTES=20 at a third of the top rate: no process's memory may grow; OUT=docs/memory keeps figures and picture
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20) $(if $(OUT),--out $(OUT))

@@ -16,8 +16,9 @@ settings.register_profile("shared machine", deadline=None)  # an example that is
 settings.load_profile("shared machine")
 
 LONG_FIRST = (
-    "test_prove.py", "test_failover.py", "test_kafka_away.py", "test_security.py", "test_clickhouse_away.py",
-    "test_redis_away.py", "test_rebuild.py", "test_compressed_day.py", "test_demo.py", "test_hard_emitters.py",
+    "test_prove.py", "test_crash.py", "test_failover.py", "test_kafka_away.py", "test_security.py",
+    "test_clickhouse_away.py", "test_redis_away.py", "test_rebuild.py", "test_compressed_day.py", "test_demo.py",
+    "test_hard_emitters.py",
     "test_doctor.py", "test_embedded.py", "test_ingest.py", "test_compose.py", "test_stripe_away.py",
     "test_engine.py",
 )  # fmt: skip

@@ -45,7 +45,7 @@ COPY_SHARE, SHUFFLE_SHARE = 0.01, 0.01
 EMITTER_DIES_AT, MIDWAY_AT, POISON_AT = 0.35, 0.4, 0.5
 RAIL_FAILS_AT = 0.62
 PROGRESS_S = 5.0
-VERIFY_DEADLINE_S = 600
+VERIFY_DEADLINE_S = 1_800
 HELD_BACK = 10
 """Every so manieth of the shuffled records comes a minute after its neighbours: its hole outlives several workers."""
 TRICKLE_SEED = 1_000_000

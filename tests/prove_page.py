@@ -29,7 +29,7 @@ def page(report: dict[str, Any], source: str) -> str:
             "## What was refused",
             _letters(report),
             "## Where it ran",
-            _machine(report),
+            machine_told(report["machine"], report["seconds"], report.get("driver_peak_mb")),
             "## Run it again",
             _again(report),
         ]
@@ -126,16 +126,15 @@ def _letters(report: dict[str, Any]) -> str:
     ) + "."  # fmt: skip
 
 
-def _machine(report: dict[str, Any]) -> str:
-    told = report["machine"]
+def machine_told(told: dict[str, Any], took: dict[str, float], memory_mb: int | None) -> str:
+    """Machine, commit, versions, how long each phase took, and what the campaign's own process needed."""
     packages = ", ".join(f"{name} {version}" for name, version in told["packages"].items())
-    seconds = ", ".join(f"{name} {value:,.0f} s" for name, value in report["seconds"].items())
-    memory = report.get("driver_peak_mb")
+    seconds = ", ".join(f"{name} {value:,.0f} s" for name, value in took.items())
     return (
         f"{told['cores']} cores of {told['cpu']}, {told['memory']}, {told['system']}, load {told['load_1m']} before the start; commit"
         f" `{told['commit']}`. Apache Kafka {told['kafka']} on {told['java']}; Valkey {told['valkey']}; ClickHouse"
         f" {told['clickhouse']}; Python {told['python']}: {packages}.\n\nTime: {seconds}."
-        f" The campaign's own process, oracle included: {memory:,} MB at most."
+        f" The campaign's own process, oracle included: {memory_mb:,} MB at most."
     )
 
 
