@@ -63,7 +63,7 @@ def campaign(kinds: tuple[str, ...], first: int, count: int, processes: int) -> 
     shares = [
         share
         for kind in kinds
-        for share in _shares(kind, first, count if len(kinds) == 1 else count // (2 if kind == "mixed" else 6))
+        for share in _shares(kind, first, count if len(kinds) == 1 else -(-count // (2 if kind == "mixed" else 6)))
     ]
     started = time.monotonic()
     with Pool(processes) as pool:
