@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -278,13 +279,15 @@ def main() -> int:
         sys.stderr.write(f"{time.monotonic() - began:6.1f} s  {line}\n")
         sys.stderr.flush()
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job has the first one ignored
+        signal.signal(number, signal.default_int_handler)
     os.environ |= sizes(arguments.kills).of_log()
     with tempfile.TemporaryDirectory(prefix="crash-") as folder:
         data = arguments.data or Path(folder) / "data"
         try:
             report = Campaign(data, arguments.seed, sizes(arguments.kills), progress).prove()
         except KeyboardInterrupt:
-            progress("ended by Ctrl-C: every process is stopped, nothing is proven")
+            progress("ended by a signal: every process is stopped, nothing is proven")
             return 130
     report.driver_peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     report.seconds["all"] = round(time.monotonic() - began, 1)

@@ -22,11 +22,11 @@ class Sizes:
     principals_each: int = 3
     partitions: int = 8
     replicas: int = 2
-    emitters: int = 4
-    gates: int = 3
-    rate: float = 260.0
+    emitters: int = 3
+    gates: int = 2
+    rate: float = 220.0
     """Calls of emit() a second, all emitters together."""
-    gate_rate: float = 40.0
+    gate_rate: float = 30.0
     """Calls that gates are asked for a second."""
     session_timeout_ms: int = 1_000
     checkpoint_s: int = 2
@@ -38,9 +38,9 @@ class Sizes:
     look_s: float = 3.0
     poison_every_s: float = 60.0
     settle_s: float = 300.0
-    worker_gap_s: float = 10.0
+    worker_gap_s: float = 8.0
     service_gap_s: float = 4.0
-    server_gap_s: float = 18.0
+    server_gap_s: float = 15.0
     again: float = 0.3
     await_holds: bool = True
 
@@ -75,16 +75,16 @@ class Sizes:
         """One a group of processes."""
         scale = self.of_stack()
         workers = [
-            Plan(group, tuple(scale.workers(group)), self.worker_gap_s, stops=0.5, again=self.again) for group in GROUPS
+            Plan(group, tuple(scale.workers(group)), self.worker_gap_s, stops=0.6, again=self.again) for group in GROUPS
         ]
         services = [
-            Plan(kind, names, self.service_gap_s, stops=0.3, again=self.again, apart=True)
+            Plan(kind, names, self.service_gap_s, stops=0.4, again=self.again, apart=True)
             for kind, names in (("emitters", self.emitter_names), ("gates", self.gate_names))
         ]
         return [
             *workers,
             *services,
-            Plan(SERVERS, SERVER_NAMES, self.server_gap_s, stops=0.3, again=0.1, stop_s=(0.5, 2.5)),
+            Plan(SERVERS, SERVER_NAMES, self.server_gap_s, stops=0.4, again=0.1, stop_s=(0.5, 2.5)),
         ]
 
     @property
