@@ -36,11 +36,8 @@ soak: .venv/.dev ## MINUTES=20 at a third of the top rate: no process's memory m
 registry: .venv/.dev ## schemas against a real Apicurio registry, fetched once (160 MB)
 	$(BIN)/python -m pytest -m registry
 
-bench: .venv/.dev .venv/quix/.done ## events a CPU second beside Quix Streams, what emit() and the ASGI middleware cost
-	$(BIN)/python -m benchmarks.fold --quix-python .venv/quix/bin/python
-	$(BIN)/python -m benchmarks.emit
-	$(BIN)/python -m benchmarks.gate
-	$(BIN)/python -m benchmarks.asgi
+bench: .venv/.dev .venv/quix/.done .venv/bytewax/.done ## beside Quix Streams, Bytewax, Faust and plain loops: 12 minutes; QUICK=1 to try
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick,--keep)
 
 overspend: .venv/.dev ## a million asks of 64 workers over five nested limits, and 20,000 simulated worlds of the gate
 	$(BIN)/python -m tests.gate_overspend
@@ -74,8 +71,8 @@ clean: ## forget .venv and the local stack's data
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[dev]' 'setuptools>=77'
 	@touch .venv/.embedded $@
 
-# Quix Streams, which `bench` compares with, has an environment of its own.
-.venv/quix/.done: benchmarks/requirements.txt | .venv/pyvenv.cfg
-	$(BIN)/python -m venv .venv/quix
-	.venv/quix/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+# What `bench` compares with has environments of its own: they pin other parts than ours.
+.venv/%/.done: benchmarks/%.txt | .venv/pyvenv.cfg
+	$(BIN)/python -m venv .venv/$*
+	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

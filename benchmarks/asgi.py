@@ -2,10 +2,9 @@
 
 The application is called as a server calls it, all variants in turn in one run; the usage goes to a spool on disk and from there
 to real Kafka, the gate asks a real Valkey. Beside it: the same application behind one plain INCR, for what any round trip adds
-on this machine at this moment. `python -m benchmarks.asgi [--requests 4000] [--rounds 5] [--json]`.
+on this machine at this moment.
 """
 
-import argparse
 import asyncio
 import sys
 import tempfile
@@ -16,7 +15,9 @@ from typing import Any
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
-from benchmarks.machine import machine, median, report, say
+from benchmarks import part
+from benchmarks.machine import median, say
+from benchmarks.part import Size
 from tests.gate_site import limit, may_call
 from tollway.connectors.asgi import MeterMiddleware
 from tollway.connectors.embedded.kafka import KafkaBroker
@@ -28,6 +29,10 @@ from tollway.connectors.principal import Principal
 from tollway.streams import settings as settings_module
 from tollway.streams.bootstrap import create
 
+SIZES = [
+    Size("requests", 1_000, 200, "of each variant a round"),
+    Size("rounds", 3, 1, "interleaved rounds"),
+]
 ACCOUNT = "acme"
 BLOCK = 50
 """Requests of one variant before the next has its turn."""
@@ -80,7 +85,7 @@ async def request(app: Any, number: int) -> int:
     return took
 
 
-async def measure(bootstrap: str, valkey: str, folder: Path, requests: int) -> dict[str, list[int]]:
+async def timed(bootstrap: str, valkey: str, folder: Path, requests: int) -> dict[str, list[int]]:
     """Variant → nanoseconds of each of its requests."""
     principal = Principal("user", "u-1", ACCOUNT)
     async with Emitter(bootstrap, spool_dir=folder) as emitter, Gate(valkey, deadline_s=1.0) as gate:
@@ -114,36 +119,20 @@ def figures(took: dict[str, list[int]]) -> dict[str, float]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=4_000, help="of each variant a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+def measure(requests: int, rounds: int) -> dict[str, Any]:
+    """All variants in turn, round by round."""
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kafka, valkey = KafkaBroker(folder / "kafka"), ValkeyServer(folder / "valkey")
-        try:
-            for part in (kafka, valkey):
-                part.start()
-                part.wait_ready()
+        with KafkaBroker(folder / "kafka") as kafka, ValkeyServer(folder / "valkey") as valkey:
             asyncio.run(create(settings_module.read(data=folder, kafka_bootstrap=kafka.bootstrap, replication=1)))
             may_call(valkey.url, ACCOUNT, limit("acct", LIMITS), limit("user", LIMITS, "h"))
-            for turn in range(arguments.rounds):
-                took = asyncio.run(measure(kafka.bootstrap, valkey.url, folder / f"spool-{turn}", arguments.requests))
+            for turn in range(rounds):
+                took = asyncio.run(timed(kafka.bootstrap, valkey.url, folder / f"spool-{turn}", requests))
                 rows.append(figures(took))
                 say(f"round {turn + 1}: " + ", ".join(f"{each} {value:,.0f}" for each, value in rows[-1].items()))
-        finally:
-            valkey.stop()
-            kafka.kill()
-    middle = {each: round(median([row[each] for row in rows]), 1) for each in rows[0]}
-    report(
-        {"machine": machine(), "requests": arguments.requests, "rounds": arguments.rounds, "asgi": middle},
-        arguments.json,
-    )
-    return 0
+    return {"median": {each: round(median([row[each] for row in rows]), 1) for each in rows[0]}, "rounds": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(part.run("asgi", __doc__, SIZES, measure))

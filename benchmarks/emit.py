@@ -1,10 +1,10 @@
 """What a call pays for `emit()`: p50, p99, p99.9 of an event with all usual fields, the sender running in the same loop.
 
-One asyncio process, real Kafka, the spool on disk. `python -m benchmarks.emit [--rates 5000 20000] [--seconds 5] [--json]`.
+One asyncio process, real Kafka, the spool on disk. Then the sender alone: what it sends of a full spool.
 """
 
-import argparse
 import asyncio
+import gc
 import secrets
 import sys
 import tempfile
@@ -13,12 +13,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.machine import machine, median, report, say
+from benchmarks import part
+from benchmarks.machine import median, say
+from benchmarks.part import Size
 from tollway.connectors.embedded.kafka import KafkaBroker
 from tollway.connectors.emitter import Emitter
 from tollway.streams import settings as settings_module
 from tollway.streams.bootstrap import create
 
+SIZES = [
+    Size("rates", [5_000, 20_000], [5_000], "events a second"),
+    Size("seconds", 5.0, 2.0, "of each rate a round"),
+    Size("rounds", 3, 1, "interleaved rounds"),
+    Size("spooled", 200_000, 20_000, "events that the sender finds"),
+]
 TURN_S = 0.005
 """The process wakes this often and makes the calls that are due, as a server does."""
 
@@ -56,20 +64,21 @@ async def at_rate(bootstrap: str, folder: Path, rate: int, seconds: float) -> di
     for number in range(2_000):  # warm
         emitter.emit(**call(random, number))
     await emitter.flush(30)
+    calls = [call(random, number) for number in range(int(rate * seconds))]
+    gc.collect()
+    gc.freeze()  # what only a benchmark holds
     began, cpu = time.perf_counter(), time.process_time()
-    making = 0.0
-    while (passed := time.perf_counter() - began) < seconds:
-        while made < passed * rate:
-            before = time.perf_counter_ns()
-            fields = call(random, made)
+    while made < len(calls):
+        due = min(len(calls), int((time.perf_counter() - began) * rate))
+        for fields in calls[made:due]:
             start = time.perf_counter_ns()
             emitter.emit(**fields)
             took.append(time.perf_counter_ns() - start)
-            making += (start - before) / 1e9
-            made += 1
+        made = max(made, due)
         await asyncio.sleep(TURN_S)
     await emitter.flush(30)
-    spent = time.process_time() - cpu - making
+    spent = time.process_time() - cpu
+    gc.unfreeze()
     await emitter.close(30)
     took.sort()
     shares = {"p50_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
@@ -77,34 +86,40 @@ async def at_rate(bootstrap: str, folder: Path, rate: int, seconds: float) -> di
     return {"rate": rate, "emitted": made, **found, "max_us": took[-1] / 1000, "cpu_us_an_event": spent / made * 1e6}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=int, nargs="+", default=[5_000, 20_000], help="events a second")
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    rows: dict[int, list[dict[str, float]]] = {rate: [] for rate in arguments.rates}
-    with tempfile.TemporaryDirectory() as folder:
-        kafka = KafkaBroker(Path(folder))
-        try:
-            kafka.start()
-            kafka.wait_ready()
-            asyncio.run(create(settings_module.read(data=Path(folder), kafka_bootstrap=kafka.bootstrap, replication=1)))
-            for turn in range(arguments.rounds):
-                for rate in arguments.rates:
-                    spool = Path(folder) / f"spool-{turn}-{rate}"
-                    row = asyncio.run(at_rate(kafka.bootstrap, spool, rate, arguments.seconds))
-                    say(f"round {turn + 1}: " + ", ".join(f"{name} {value:,.1f}" for name, value in row.items()))
-                    rows[rate].append(row)
-        finally:
-            kafka.kill()
-    middle = [{name: round(median([row[name] for row in of]), 1) for name in of[0]} for of in rows.values()]
-    report(
-        {"machine": machine(), "seconds": arguments.seconds, "rounds": arguments.rounds, "emit": middle}, arguments.json
-    )
-    return 0
+async def drained(bootstrap: str, folder: Path, events: int) -> dict[str, float]:
+    """The sender alone: a full spool, then all of it acknowledged; events per CPU second and a second."""
+    emitter, random = Emitter(bootstrap, spool_dir=folder), Random(events)
+    for number in range(events):
+        emitter.emit(**call(random, number))
+    began, cpu = time.perf_counter(), time.process_time()
+    await emitter.start()
+    left = await emitter.flush(120)
+    cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - began
+    await emitter.close(30)
+    if left:
+        raise TimeoutError(f"{sum(left.values())} events of the spool are not acknowledged")
+    return {"events": events, "per_cpu_s": round(events / cpu_s), "per_s": round(events / wall_s)}
+
+
+def measure(rates: list[int], seconds: float, rounds: int, spooled: int) -> dict[str, Any]:
+    """All rates and the sender in turn, round by round."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with KafkaBroker(folder) as kafka:
+            asyncio.run(create(settings_module.read(data=folder, kafka_bootstrap=kafka.bootstrap, replication=1)))
+            for turn in range(rounds):
+                found = {
+                    str(rate): asyncio.run(at_rate(kafka.bootstrap, folder / f"spool-{turn}-{rate}", rate, seconds))
+                    for rate in rates
+                }
+                found["sender"] = asyncio.run(drained(kafka.bootstrap, folder / f"spool-{turn}", spooled))
+                for key, row in found.items():
+                    rows.setdefault(key, []).append(row)
+                    say(f"round {turn + 1}: {key}: " + ", ".join(f"{what} {value:,.1f}" for what, value in row.items()))
+    middle = {key: {what: round(median([row[what] for row in of]), 1) for what in of[0]} for key, of in rows.items()}
+    return {"median": middle, "rounds": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(part.run("emit", __doc__, SIZES, measure))

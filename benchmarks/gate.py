@@ -1,10 +1,8 @@
 """Decisions a second and their latency: authorize + capture over five scopes, fifty callers, while the fold applies totals.
 
 Beside it a plain INCR by the same client library on the same Valkey, under the same apply.
-`python -m benchmarks.gate [--seconds 10] [--callers 50] [--json]`
 """
 
-import argparse
 import asyncio
 import multiprocessing
 import sys
@@ -16,7 +14,8 @@ from typing import Any
 
 import msgpack
 
-from benchmarks.machine import machine, report
+from benchmarks import part
+from benchmarks.part import Size
 from tollway.connectors import redis as far
 from tollway.connectors.embedded.valkey import ValkeyServer
 from tollway.connectors.emitter import Emitted
@@ -25,6 +24,10 @@ from tollway.connectors.redis import APPLY, REWRITE_BEGIN, REWRITE_END, Answer, 
 from tollway.schemas.lane import lane
 from tollway.streams.policy import gate_fields
 
+SIZES = [
+    Size("seconds", 10.0, 2.0, "of each"),
+    Size("callers", 50, 50, "callers at once"),
+]
 ACCOUNT, EPOCH = "acme", "0-log"
 LANE = lane(ACCOUNT)
 APPLIED_A_SECOND = 20_000
@@ -156,24 +159,11 @@ async def opened_again(url: str) -> None:
     await opened(url)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--callers", type=int, default=50)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server = ValkeyServer(Path(folder))
-        server.start()
-        try:
-            server.wait_ready()
-            results: dict[str, Any] = run(server.url, given.callers, given.seconds)
-        finally:
-            server.stop()
-    found = {"machine": machine(), "callers": given.callers, "applied_a_second": APPLIED_A_SECOND, **results}
-    report(found, given.json)
-    return 0
+def measure(seconds: float, callers: int) -> dict[str, Any]:
+    """On a Valkey of its own."""
+    with tempfile.TemporaryDirectory() as folder, ValkeyServer(Path(folder)) as server:
+        return {"applied_a_second": APPLIED_A_SECOND, **run(server.url, callers, seconds)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(part.run("gate", __doc__, SIZES, measure))
