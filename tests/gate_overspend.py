@@ -100,7 +100,9 @@ class Spender:
 
 async def spend(url: str, journal: Path, seed: int, attempts: int) -> None:
     """A process's whole life."""
-    async with Gate(url, deadline_s=10, grace_s=GRACE_S) as gate:
+    async with Gate(
+        url, deadline_s=10, grace_s=GRACE_S, holds_max=attempts + 1
+    ) as gate:  # no emitter says what is settled
         spender = Spender(gate, journal, seed)
         await asyncio.gather(*(spender.spend(attempts // WORKERS) for _ in range(WORKERS)))
         spender.seen.update({f"gate {name}": n for name, n in gate.stats().items() if name in ("late", "restored")})
@@ -308,6 +310,9 @@ class Campaign:
                 seen += Counter(json.loads(journal.with_suffix(".seen").read_text()))
         if seen["executed twice"]:
             self.breaches.append(f"{seen['executed twice']} calls were allowed twice")
+        unanswered = {word: count for word, count in seen.items() if word.startswith("unavailable")}
+        if unanswered or not seen["denied limit"]:
+            self.breaches.append(f"not every call was asked for, or no limit was reached: {unanswered}, {dict(seen)}")
         return seen
 
 
