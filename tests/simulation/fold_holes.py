@@ -50,6 +50,7 @@ MUTANTS = [
         "a sequence below the highest is a duplicate",
         "counted_once verdicts_agree meter_events_are_the_logs",
         high_water_mark,
+        seed=2,
     ),
     Mutant(
         "shared_source",
@@ -58,6 +59,7 @@ MUTANTS = [
         "every_call_counts_once",
         list,
         bugs=frozenset(["shared_source"]),
+        seed=0,
     ),
     Mutant(
         "sources_forgotten_early",
@@ -66,6 +68,7 @@ MUTANTS = [
         "counted_once verdicts_agree meter_events_are_the_logs",
         constant(dedupe, "SOURCE_LIFE_S", 3_600),
         "days",
+        seed=4,
     ),
     Mutant(
         "expired_sources_pass",
@@ -74,6 +77,7 @@ MUTANTS = [
         "counted_once verdicts_agree dead_letters_exactly_poison meter_events_are_the_logs",
         constant(judge, "SOURCE_LIFE_S", FOREVER),
         "days",
+        seed=14,
     ),
     Mutant(
         "commands_first",
@@ -81,6 +85,7 @@ MUTANTS = [
         "commands are folded apart from usage, in another order",
         "counted_once dead_letters_exactly_poison meter_events_are_the_logs replay_equals_live checkpoint_never_ahead_of_effects",
         commands_first,
+        seed=0,
     ),
     Mutant(
         "torn_checkpoint",
@@ -89,6 +94,7 @@ MUTANTS = [
         "counted_once redis_equals_fold_when_ready",
         torn_checkpoint,
         "crashes",
+        worlds=200,
     ),
     Mutant(
         "block_is_a_fetch",
@@ -97,6 +103,7 @@ MUTANTS = [
         "blocks_are_cut_by_the_log replay_equals_live",
         block_is_a_fetch,
         "crashes",
+        seed=0,
     ),
     Mutant(
         "resent_for_ever",
@@ -105,6 +112,7 @@ MUTANTS = [
         "billed_once",
         constant(stripe_outbox, "RESEND_S", FOREVER),
         "days",
+        seed=0,
     ),
     Mutant(
         "not_on_record",
@@ -112,6 +120,7 @@ MUTANTS = [
         "Stripe is called before the attempt is saved",
         "attempt_is_on_record_before_the_call billed_once",
         not_on_record,
+        seed=0,
     ),
     Mutant(
         "failures_are_skipped",
@@ -119,6 +128,7 @@ MUTANTS = [
         "an exception goes past its records",
         "counted_once no_gap_in_audit checkpoint_never_ahead_of_effects",
         failures_are_skipped,
+        seed=0,
     ),
     Mutant(
         "doubtful_state_goes_on",
@@ -126,6 +136,7 @@ MUTANTS = [
         "after an exception the state is not loaded again",
         "counted_once the_chain_is_the_logs no_gap_in_audit verdicts_agree blocks_are_cut_by_the_log redis_equals_fold_when_ready checkpoint_never_ahead_of_effects",
         doubtful_state,
+        seed=6,
     ),
     Mutant(
         "sealed_without_dedupe",
@@ -133,20 +144,34 @@ MUTANTS = [
         "a rebuild begins in an empty place",
         "replay_equals_live",
         sealed_without_dedupe,
+        seed=0,
     ),
-    Mutant("prices_are_believed", "A11", "a stamped price is not recomputed", REFUSALS, prices_are_believed),
-    Mutant("keys_twice", "A12", "a map key twice is both", REFUSALS, keys_twice),
+    Mutant("prices_are_believed", "A11", "a stamped price is not recomputed", REFUSALS, prices_are_believed, seed=1),
+    Mutant("keys_twice", "A12", "a map key twice is both", REFUSALS, keys_twice, seed=4),
     Mutant(
-        "utf8_unchecked", "A12", "invalid UTF-8 passes the decoder", "it_comes_to_rest verdicts_agree", utf8_unchecked
+        "utf8_unchecked",
+        "A12",
+        "invalid UTF-8 passes the decoder",
+        "it_comes_to_rest verdicts_agree",
+        utf8_unchecked,
+        seed=19,
     ),
-    Mutant("unbounded_units", "A13", "units have no bound", REFUSALS, constant(usage, "QUANTITY_MAX", 2**62)),
-    Mutant("queue_in_memory", "A14", "what was emitted is in memory alone", "every_call_counts_once", queue_in_memory),
+    Mutant("unbounded_units", "A13", "units have no bound", REFUSALS, constant(usage, "QUANTITY_MAX", 2**62), seed=17),
+    Mutant(
+        "queue_in_memory",
+        "A14",
+        "what was emitted is in memory alone",
+        "every_call_counts_once",
+        queue_in_memory,
+        seed=10,
+    ),
     Mutant(
         "misrouted_counts",
         "A15",
         "key and partition are not looked at",
         "verdicts_agree counted_once dead_letters_exactly_poison checkpoint_never_ahead_of_effects",
         misrouted_counts,
+        seed=8,
     ),
     Mutant(
         "any_log_will_do",
@@ -155,6 +180,7 @@ MUTANTS = [
         "another_log_is_not_folded",
         any_log,
         "ends",
+        seed=1,
     ),
     Mutant(
         "jumps_to_what_is_left",
@@ -163,6 +189,7 @@ MUTANTS = [
         "another_log_is_not_folded",
         jumps,
         "ends",
+        seed=15,
     ),
     Mutant(
         "paid_and_invoiced",
@@ -170,6 +197,7 @@ MUTANTS = [
         "usage that another rail has paid is invoiced",
         "meter_events_are_the_logs billed_once",
         paid_and_invoiced,
+        seed=0,
     ),
     Mutant(
         "additive",
@@ -178,8 +206,16 @@ MUTANTS = [
         "redis_equals_fold_when_ready",
         list,
         bugs=frozenset(["additive"]),
+        seed=0,
     ),
-    Mutant("closes_first", "B1", "a hold ends before its usage shows", "hold_stays_until_counted", closes_first),
+    Mutant(
+        "closes_first",
+        "B1",
+        "a hold ends before its usage shows",
+        "hold_stays_until_counted",
+        closes_first,
+        seed=0,
+    ),
     Mutant(
         "captured_is_given_up",
         "B2",
@@ -187,8 +223,16 @@ MUTANTS = [
         "hold_stays_until_counted",
         lambda: [(quota_jobs, "settlement", lambda *_: "lost")],
         "days",
+        seed=15,
     ),
-    Mutant("ready_early", "B3", "READY before all totals are written", "redis_equals_fold_when_ready", ready_early),
+    Mutant(
+        "ready_early",
+        "B3",
+        "READY before all totals are written",
+        "redis_equals_fold_when_ready",
+        ready_early,
+        seed=3,
+    ),
     Mutant(
         "expect_ignored",
         "B4",
@@ -197,6 +241,7 @@ MUTANTS = [
         list,
         "sinks",
         bugs=frozenset(["expect_ignored"]),
+        seed=10,
     ),
     Mutant(
         "no_refresh",
@@ -205,6 +250,7 @@ MUTANTS = [
         "redis_equals_fold_when_ready",
         no_refresh,
         "crashes",
+        seed=2,
     ),
     Mutant(
         "window_of_arrival",
@@ -213,6 +259,7 @@ MUTANTS = [
         "counted_once redis_equals_fold_when_ready",
         window_of_arrival,
         "days",
+        seed=2,
     ),
     Mutant(
         "the_future_counts",
@@ -220,9 +267,15 @@ MUTANTS = [
         "a clock ahead opens later windows",
         "counted_once redis_equals_fold_when_ready meter_events_are_the_logs",
         constant(judge, "AHEAD_S", FOREVER),
+        seed=1,
     ),
     Mutant(
-        "the_past_counts", "B6", "usage older than any invoice is taken", REFUSALS, constant(judge, "LATE_S", FOREVER)
+        "the_past_counts",
+        "B6",
+        "usage older than any invoice is taken",
+        REFUSALS,
+        constant(judge, "LATE_S", FOREVER),
+        seed=19,
     ),
     Mutant(
         "heartbeat_by_the_clock",
@@ -230,8 +283,9 @@ MUTANTS = [
         "a lane's log time is a worker's",
         "heartbeat_is_log_time",
         heartbeat_by_the_clock,
+        seed=0,
     ),
-    Mutant("redis_is_awaited", "B8", "bills wait for Redis", "redis_stops_nobody", redis_is_awaited),
+    Mutant("redis_is_awaited", "B8", "bills wait for Redis", "redis_stops_nobody", redis_is_awaited, seed=0),
     Mutant(
         "dirty_is_dropped",
         "B8",
@@ -239,6 +293,7 @@ MUTANTS = [
         "redis_equals_fold_when_ready it_comes_to_rest",
         dirty_is_dropped,
         "sinks",
+        seed=0,
     ),
     Mutant(
         "undeclared_counts",
@@ -246,6 +301,7 @@ MUTANTS = [
         "a meter that nobody declared is counted",
         "counted_once redis_equals_fold_when_ready",
         undeclared_counts,
+        seed=1,
     ),
     Mutant(
         "strangers_are_counted",
@@ -253,14 +309,16 @@ MUTANTS = [
         "an account that nobody opened is counted",
         "verdicts_agree it_comes_to_rest",
         strangers,
+        seed=1,
     ),
-    Mutant("any_asset", "B13", "a price in another asset passes", REFUSALS, any_asset),
+    Mutant("any_asset", "B13", "a price in another asset passes", REFUSALS, any_asset, seed=0),
     Mutant(
         "checkpoint_first",
         "§6.4",
         "a checkpoint before its effects are acknowledged",
         "checkpoint_never_ahead_of_effects",
         checkpoint_first,
+        seed=0,
     ),
     Mutant(
         "unsettled_is_saved",

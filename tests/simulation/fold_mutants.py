@@ -45,7 +45,7 @@ FOREVER = 10**9
 
 @dataclass(frozen=True)
 class Mutant:
-    """`hole` of the review; `kind` of worlds that kill it soonest, `worlds` in which one must; `seed` of one that did."""
+    """`hole` of the review; `kind` of worlds that kill it soonest, `worlds` in which one must; `seed` of one that did, where known."""
 
     name: str
     hole: str
@@ -53,7 +53,7 @@ class Mutant:
     killers: str
     changes: Callable[[], list[Change]]
     kind: str = "mixed"
-    seed: int = 0
+    seed: int | None = None
     worlds: int = 40
     bugs: frozenset[str] = frozenset()
 
