@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCK := requirements-dev.lock
 CODE := schemas connectors streams src tests benchmarks docs/settings_page.py docs/examples
 
-.PHONY: help demo test check prove crash soak registry bench overspend docs lock clean
+.PHONY: help demo test check prove crash soak registry bench overspend simulate docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -43,6 +43,10 @@ overspend: .venv/.dev ## a million asks of 64 workers over five nested limits, a
 	$(BIN)/python -m tests.gate_overspend
 	$(BIN)/python -m tests.simulation.gate
 	$(BIN)/python -m tests.simulation.gate --mutants
+
+simulate: .venv/.dev ## the folds in SEEDS=20000 seeded worlds of crashes, zombies and days, then each hole of the review planted
+	$(BIN)/python -m tests.simulation.fold --seeds $(or $(SEEDS),20000)
+	$(BIN)/python -m tests.simulation.fold --mutants
 
 docs: .venv/.dev ## write docs/settings.md anew from the settings
 	$(BIN)/python docs/settings_page.py > docs/settings.md.new
