@@ -16,7 +16,7 @@ from tollway.streams.dead_letters import dead_letter
 from tollway.streams.failpoint import Failpoints
 from tollway.streams.fold import Message, Send
 from tollway.streams.hand import Work, take
-from tollway.streams.judge import cut, judge, log_times
+from tollway.streams.judge import cut, judge
 from tollway.streams.quota import Quota
 from tollway.streams.seal import Seal, crossed, sealed_aside
 from tollway.streams.state import PartitionState
@@ -137,7 +137,7 @@ class AccountsFold:
         while start < len(records):
             rest = records.part(start, len(records))
             end = cut(state, rest)
-            log_time_ms = int(log_times(state, rest)[0])
+            log_time_ms = max(int(rest.append_ms[0]), state.log_time_ms)
             step = state.step_of(log_time_ms)
             if step != state.step:
                 if (day := crossed(state, log_time_ms)) is not None:

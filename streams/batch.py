@@ -1,11 +1,16 @@
 """A batch: records of one partition, of one step, decoded to Arrow and judged. What the engine hands to every part."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from tollway.streams.columns import Ints, Quantities, encoded
 
 USAGE, COMMAND, TICK, POISON = 0, 1, 2, 3
 KINDS = ("usage", "command", "tick", "poison")
@@ -14,6 +19,14 @@ VERDICTS = ("accepted", "duplicate", "refused")
 
 RECORDS_MAX = 32_768
 """Most records a batch: sums of bounded values stay inside int64 (Arrow wraps silently)."""
+
+
+HEAD_BYTES = 5
+"""The framing: 0x00 and a four-byte schema id."""
+_UNFRAMED = b"\xff\0\0\0\0"
+_HEAD: Callable[[Any], bytes] = itemgetter(slice(0, HEAD_BYTES))
+
+Framing = tuple[Ints, npt.NDArray[np.uint32]]
 
 
 @dataclass
@@ -25,9 +38,25 @@ class Records:
     keys: list[bytes | None]
     values: list[bytes | None]
     headers: list[tuple[tuple[str, bytes], ...]]
+    _framing: Framing | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def lengths(self) -> Ints:
+        """[n] bytes of each value, -1 where it is null."""
+        return self._framed()[0]
+
+    @property
+    def schema_ids(self) -> npt.NDArray[np.uint32]:
+        """[n] schema id of each value's framing, 0 where there is none."""
+        return self._framed()[1]
+
+    def _framed(self) -> Framing:
+        if self._framing is None:
+            self._framing = _framing(self.values)
+        return self._framing
 
     def part(self, start: int, end: int) -> "Records":
         """Records start … end - 1; itself where that is all."""
@@ -39,7 +68,27 @@ class Records:
             self.keys[start:end],
             self.values[start:end],
             self.headers[start:end],
+            None if self._framing is None else (self._framing[0][start:end], self._framing[1][start:end]),
         )
+
+
+def _framing(values: list[bytes | None]) -> Framing:
+    """(lengths, schema ids) of values, all heads at a time."""
+    try:
+        heads, nulls = b"".join(map(_HEAD, values)), None
+    except TypeError:  # ticks have no value
+        nulls = np.array([value is None for value in values])
+        values = [value or b"" for value in values]
+        heads = b"".join(map(_HEAD, values))
+    lengths = np.fromiter(map(len, values), np.int64, len(values))  # type: ignore[arg-type]
+    if len(heads) < HEAD_BYTES * len(values):
+        heads = b"".join([value[:HEAD_BYTES] if value and len(value) >= HEAD_BYTES else _UNFRAMED for value in values])
+    framing = np.frombuffer(heads, np.uint8).reshape(len(values), HEAD_BYTES)
+    ids = np.ascontiguousarray(framing[:, 1:]).view(">u4").ravel().astype(np.uint32)
+    ids[framing[:, 0] != 0] = 0
+    if nulls is not None:
+        lengths[nulls] = -1
+    return lengths, ids
 
 
 @dataclass
@@ -79,3 +128,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @cached_property
+    def accounts(self) -> tuple[Ints, list[str]]:
+        """([m] index of each usage row's account, the accounts in order of first appearance)."""
+        return encoded(self.usage.column("account"))
+
+    @cached_property
+    def quantities(self) -> Quantities:
+        """Of all usage rows, refused ones too."""
+        return Quantities.of(self.usage.column("quantities"))

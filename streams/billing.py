@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -12,6 +13,7 @@ from tollway.schemas.command import LogConfig
 from tollway.schemas.meter_event import UNITS_MAX, MeterEvent
 from tollway.schemas.usage import BILLED_STATUS, LATE_S
 from tollway.streams.batch import Batch
+from tollway.streams.columns import Ints, Quantities, encoded, factorized
 from tollway.streams.directory import Directory
 
 WAIT_S = LATE_S
@@ -38,48 +40,62 @@ def sums(batch: Batch, meters: set[str], window_s: int) -> Iterator[tuple[str, s
 
     Counted: accepted, status ok, rail null, meters of `meters`, units above zero.
     """
-    usage = batch.usage
-    billed = batch.accepted & _flags(pc.equal(usage.column("status"), BILLED_STATUS))
-    billed &= _flags(pc.is_null(usage.column("rail")))
+    billed = _billed(batch)
     if not billed.any():
         return
-    quantities, accounts, prices, occurred_us = (
-        usage.column("quantities"),
-        usage.column("account"),
-        usage.column("price_ref"),
-        batch.occurred_us,
-    )
-    if not billed.all():
-        mask = pa.array(billed)
-        quantities, accounts, prices = quantities.filter(mask), accounts.filter(mask), prices.filter(mask)
-        occurred_us = occurred_us[billed]
-    ends = quantities.offsets.to_numpy()
-    names = quantities.keys.slice(ends[0], ends[-1] - ends[0]).dictionary_encode()
-    units = quantities.items.slice(ends[0], ends[-1] - ends[0]).to_numpy()
-    wanted = np.array([name in meters for name in names.dictionary.to_pylist()], bool)
-    codes = names.indices.to_numpy()
-    take = np.flatnonzero(wanted[codes] & (units > 0))  # a zero must not move last_occurred_at: cuts would show
-    row = np.repeat(np.arange(len(accounts)), np.diff(ends))[take]
-    account_codes, price_codes = accounts.dictionary_encode(), prices.dictionary_encode("encode")
-    table = pa.table(
-        {
-            "account": account_codes.indices.to_numpy()[row],
-            "meter": codes[take],
-            "price": price_codes.indices.to_numpy()[row],
-            "window": occurred_us[row] // (window_s * 1_000_000),
-            "units": units[take],
-            "last": occurred_us[row],
-        }
-    )
-    grouped = table.group_by(["account", "meter", "price", "window"], use_threads=False)
-    result = grouped.aggregate([("units", "sum"), ("last", "max")])
-    account_of, meter_of = account_codes.dictionary.to_pylist(), names.dictionary.to_pylist()
-    price_of = price_codes.dictionary.to_pylist()
-    columns = (
-        result.column(name).to_pylist() for name in ("account", "meter", "price", "window", "units_sum", "last_max")
-    )
-    for account, meter, price, window, total, last in zip(*columns, strict=True):
-        yield account_of[account], meter_of[meter], price_of[price] or "", window * window_s, total, last
+    whole = bool(billed.all())
+    found = batch.quantities if whole else Quantities.of(batch.usage.column("quantities").filter(pa.array(billed)))
+    occurred_us = batch.occurred_us if whole else batch.occurred_us[billed]
+    accounts, account_of = batch.accounts
+    prices, price_of = _prices(batch.usage.column("price_ref"))
+    if not whole:
+        accounts, prices = accounts[billed], prices[billed]
+    names = [name for name in found.meters if name in meters]
+    place = {name: number for number, name in enumerate(names)}
+    meter = np.array([place.get(name, -1) for name in found.meters], np.int64)[found.meter]
+    take = np.flatnonzero((meter >= 0) & (found.units > 0))  # a zero must not move last_occurred_at: cuts would show
+    if not len(take):
+        return
+    windows, starts_s = _windows(occurred_us, window_s)
+    # One number a key, below 2^61: a batch has at most 2^15 accounts, prices and windows, the directory some meters.
+    series = (accounts * len(price_of) + prices) * len(starts_s) + windows
+    row = found.row[take]
+    groups, keys = factorized(series[row] * len(names) + meter[take])
+    units, last_us = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64)
+    np.add.at(units, groups, found.units[take])  # exact: sums of a batch stay inside int64 (batch.RECORDS_MAX)
+    np.maximum.at(last_us, groups, occurred_us[row])
+    keys, of_meter = np.divmod(keys, len(names))
+    keys, of_window = np.divmod(keys, len(starts_s))
+    of_account, of_price = np.divmod(keys, len(price_of))
+    columns = (column.tolist() for column in (of_account, of_meter, of_price, starts_s[of_window], units, last_us))
+    for account, name, price, start_s, total, last in zip(*columns, strict=True):
+        yield account_of[account], names[name], price_of[price], start_s, total, last
+
+
+def _billed(batch: Batch) -> npt.NDArray[np.bool_]:
+    """[m] accepted, status ok, rail null."""
+    rail = batch.usage.column("rail")
+    billed: npt.NDArray[np.bool_] = pc.equal(batch.usage.column("status"), BILLED_STATUS).to_numpy(zero_copy_only=False)
+    billed = billed & batch.accepted
+    return billed if rail.null_count == len(rail) else billed & rail.is_null().to_numpy(zero_copy_only=False)
+
+
+def _prices(column: pa.Array) -> tuple[Ints, list[str]]:
+    """([m] index of each row's price, price_refs; '' = none)."""
+    if column.null_count == len(column):
+        return np.zeros(len(column), np.int64), [""]
+    codes, names = encoded(column)
+    return codes + 1, ["", *names]
+
+
+def _windows(occurred_us: Ints, window_s: int) -> tuple[Ints, Ints]:
+    """([m] index of each row's usage window, their starts in s)."""
+    window_us = window_s * 1_000_000
+    first, last = int(occurred_us.min()) // window_us, int(occurred_us.max()) // window_us
+    if first == last:
+        return np.zeros(len(occurred_us), np.int64), np.array([first * window_s], np.int64)
+    codes, different = factorized(occurred_us // window_us)
+    return codes, different * window_s
 
 
 class Billing:
@@ -98,13 +114,20 @@ class Billing:
         if config is None or not batch.usage.num_rows:
             return
         meters = {meter for meter, event_name in directory.meters.items() if event_name is not None}
+        if not meters:
+            return
+        customers: dict[str, str] = {}
         for account, meter, price_ref, start_s, units, last_us in sums(batch, meters, config.billing_window_s):
-            known = directory.accounts.get(account)
-            key = (account, (known.customer if known else None) or "", meter, price_ref, start_s)
+            customer = customers.get(account)
+            if customer is None:
+                known = directory.accounts.get(account)
+                customer = customers[account] = (known.customer if known else None) or ""
+            key = (account, customer, meter, price_ref, start_s)
             found = self._sums.get(key)
             if found is None:
-                found = self._sums[key] = Sum()
-            found.add(units, last_us)
+                self._sums[key] = Sum(units, last_us)
+            else:
+                found.add(units, last_us)
 
     def on_step(self, directory: Directory, step_time_s: int) -> list[MeterEvent]:
         """Flush before the first record of a step: the deltas of all windows that ended, in order, n gapless an account.
@@ -210,7 +233,3 @@ class Billing:
             account, customer, meter, price_ref = state["series"][at]
             billing._sums[account, customer, meter, price_ref, start_s] = Sum(int(units), last_us)
         return billing
-
-
-def _flags(array: pa.Array) -> Any:
-    return array.to_numpy(zero_copy_only=False)

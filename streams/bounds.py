@@ -1,62 +1,63 @@
 """Which usage rows may be out of bounds: whole columns at a time, then the exact check for the few that look it.
 
 The column checks may only err towards suspicion: what they pass, `schemas.usage.check` passes too (a property test holds
-them to each other).
+them to each other). A column is looked at row by row only where something in it is wrong: nearly always nothing is.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tollway.schemas import usage as fields
+from tollway.streams.columns import Quantities, ends_of, text_of
 
 ID_BYTES_MAX = 128
+PAIRS_FROM = 64
+"""From so many different meters on, those that stand twice are found by sorting instead of in a table."""
 Mask = npt.NDArray[np.bool_]
 
+_DIGITS, _LOWER, _UPPER = b"0123456789", b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ID_BYTES = _DIGITS + _LOWER + _UPPER + b"._:@/-"
+_HEX_BYTES = _DIGITS + b"abcdef"
+_CLOSED = (
+    ("surface", frozenset(fields.SURFACES)),
+    ("principal_kind", frozenset(fields.PRINCIPAL_KINDS)),
+    ("status", frozenset(fields.STATUSES)),
+)
+_NUMBERS = (
+    ("sequence", 2**62),
+    ("latency_us", fields.LATENCY_US_MAX),
+    ("occurred_at", 2**62),
+    ("revenue_nano", fields.MONEY_NANO_MAX),
+    ("cost_nano", fields.MONEY_NANO_MAX),
+)
 
-def _table(allowed: str) -> Mask:
-    table = np.zeros(256, np.bool_)
-    table[np.frombuffer(allowed.encode(), np.uint8)] = True
-    return table
 
+def suspects(usage: pa.RecordBatch, quantities: Quantities | None = None) -> Mask:
+    """[m] True where a row may violate a bound, an id pattern, a closed set or hold a map key twice.
 
-_DIGITS, _LOWER, _UPPER = "0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_ID_BYTES = _table(_DIGITS + _LOWER + _UPPER + "._:@/-")
-_HEX_BYTES = _table(_DIGITS + "abcdef")
-
-
-def suspects(usage: pa.RecordBatch) -> Mask:
-    """[m] True where a row may violate a bound, an id pattern, a closed set or hold a map key twice."""
-    m = len(usage)
-    found = np.zeros(m, np.bool_)
-    for name in ("event_id", "source"):
-        found |= _texts(usage.column(name), _HEX_BYTES, 32, 32)
-    for name in fields.ID_FIELDS:
-        found |= _texts(usage.column(name), _ID_BYTES, 1, ID_BYTES_MAX)
-    for name in fields.TEXT_FIELDS:
-        found |= _texts(usage.column(name), None, 1, fields.OPERATION_BYTES_MAX)
-    for name, allowed in (
-        ("surface", fields.SURFACES),
-        ("principal_kind", fields.PRINCIPAL_KINDS),
-        ("status", fields.STATUSES),
+    `quantities`: those of `usage`, where they are at hand.
+    """
+    found = np.zeros(len(usage), np.bool_)
+    if not len(usage):
+        return found
+    column = dict(zip(usage.schema.names, usage.columns, strict=True))
+    for strange in chain(
+        *(_texts(column[name], _HEX_BYTES, 32, 32) for name in ("event_id", "source")),
+        *(_texts(column[name], _ID_BYTES, 1, ID_BYTES_MAX) for name in fields.ID_FIELDS),
+        *(_texts(column[name], None, 1, fields.OPERATION_BYTES_MAX) for name in fields.TEXT_FIELDS),
+        *(_closed(column[name], allowed) for name, allowed in _CLOSED),
+        *(_numbers(column[name], most) for name, most in _NUMBERS),
+        _pairs(column),
+        _quantities(quantities or Quantities.of(column["quantities"])),
+        _path(column["path"]),
+        _attributes(column["attributes"]),
     ):
-        found |= ~_bools(pc.is_in(usage.column(name), value_set=pa.array(allowed)))
-    for name, most in (
-        ("sequence", 2**62),
-        ("latency_us", fields.LATENCY_US_MAX),
-        ("occurred_at", 2**62),
-        ("revenue_nano", fields.MONEY_NANO_MAX),
-        ("cost_nano", fields.MONEY_NANO_MAX),
-    ):
-        values = longs(usage.column(name))
-        found |= (values < 0) | (values > most)
-    for name in ("revenue", "cost"):
-        found |= _bools(usage.column(f"{name}_nano").is_null()) != _bools(usage.column(f"{name}_asset").is_null())
-    found |= (longs(usage.column("sequence")) == 0) & _bools(usage.column("hold").is_valid())
-    return found | _quantities(usage.column("quantities")) | _path(usage.column("path")) | _attributes(usage)
+        found |= strange
+    return found
 
 
 def fault(usage: pa.RecordBatch, row: int) -> tuple[str, str] | None:
@@ -91,86 +92,109 @@ def _bools(column: pa.Array) -> Mask:
     return values.astype(np.bool_)
 
 
-def _offsets(column: Any) -> npt.NDArray[np.int32]:
-    """Value offsets of a string, list or map column, [len + 1], absolute."""
-    buffer = column.buffers()[1]
-    return np.frombuffer(buffer, np.int32, len(column) + 1, column.offset * 4)
-
-
-def _texts(column: pa.Array, allowed: Mask | None, shortest: int, longest: int) -> Mask:
+def _texts(column: pa.Array, allowed: bytes | None, shortest: int, longest: int) -> Iterator[Mask]:
     """Rows whose text is too short, too long or has a byte that is not allowed. Null passes."""
-    suspect = np.zeros(len(column), np.bool_)
-    if not len(column) or column.null_count == len(column):
-        return suspect
-    offsets = _offsets(column)
-    lengths = np.diff(offsets)
-    suspect |= (lengths < shortest) | (lengths > longest)
-    if column.null_count:
-        suspect &= _bools(column.is_valid())
-    if allowed is not None and offsets[-1] > offsets[0]:
-        text = np.frombuffer(column.buffers()[2], np.uint8, int(offsets[-1] - offsets[0]), int(offsets[0]))
-        good = allowed[text]
-        if not good.all():
-            bad = np.r_[0, np.cumsum(~good)]
-            at = offsets - offsets[0]
-            suspect |= bad[at[1:]] > bad[at[:-1]]
-    return suspect
+    if column.null_count == len(column):
+        return
+    offsets = ends_of(column)
+    lengths = offsets[1:] - offsets[:-1]
+    if int(lengths.min()) < shortest or int(lengths.max()) > longest:
+        strange = (lengths < shortest) | (lengths > longest)
+        yield strange & _bools(column.is_valid()) if column.null_count else strange
+    if allowed is not None:
+        text = text_of(column, offsets)
+        if text.translate(None, allowed):
+            good = np.zeros(256, np.bool_)
+            good[list(allowed)] = True
+            bad = np.r_[0, np.cumsum(~good[np.frombuffer(text, np.uint8)])]
+            yield bad[offsets[1:] - offsets[0]] > bad[offsets[:-1] - offsets[0]]
 
 
-def _quantities(column: pa.MapArray) -> Mask:
+def _closed(column: pa.Array, allowed: frozenset[str]) -> Iterator[Mask]:
+    """Rows with a word that is not of the set."""
+    if not allowed.issuperset(column.unique().to_pylist()):
+        yield np.array([word not in allowed for word in column.to_pylist()], np.bool_)
+
+
+def _numbers(column: pa.Array, most: int) -> Iterator[Mask]:
+    """Rows below zero or above `most`. Null passes."""
+    if column.null_count == len(column):
+        return
+    values = longs(column)
+    if int(values.view(np.uint64).max()) > most:  # what is below zero is above all there
+        yield (values < 0) | (values > most)
+
+
+def _pairs(column: dict[str, pa.Array]) -> Iterator[Mask]:
+    """Rows with an amount and no asset or the other way round, or with a hold and no sequence."""
+    for name in ("revenue", "cost"):
+        amount, asset = column[f"{name}_nano"], column[f"{name}_asset"]
+        if amount.null_count != len(amount) or asset.null_count != len(asset):
+            yield _bools(amount.is_null()) != _bools(asset.is_null())
+    if column["hold"].null_count != len(column["hold"]):
+        yield (longs(column["sequence"]) == 0) & _bools(column["hold"].is_valid())
+
+
+def _quantities(found: Quantities) -> Iterator[Mask]:
     """Too many meters, a meter twice or badly named, no `calls`, units out of bounds."""
-    offsets = _offsets(column)
-    counts = np.diff(offsets)
-    suspect = (counts < 1) | (counts > fields.QUANTITIES_MAX)
-    keys = column.keys.slice(offsets[0], offsets[-1] - offsets[0])
-    units = longs(column.items.slice(offsets[0], offsets[-1] - offsets[0]))
-    if not len(keys):
-        return suspect
-    encoded = keys.dictionary_encode()
-    names = encoded.dictionary.to_pylist()
-    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    owner = np.repeat(np.arange(len(column)), counts)
-    entry_bad = (units < 0) | (units > fields.QUANTITY_MAX)
-    badly_named = np.array([not fields.METER.fullmatch(name) for name in names])
-    entry_bad |= badly_named[codes]
-    suspect[owner[entry_bad]] = True
-    has_calls = np.zeros(len(column), np.bool_)
-    if "calls" in names:
-        has_calls[owner[codes == names.index("calls")]] = True
-    pair = np.sort(owner * len(names) + codes)
-    twice = pair[1:][pair[1:] == pair[:-1]] // len(names)
-    suspect[twice] = True
-    return suspect | ~has_calls
+    m, names = len(found.counts), len(found.meters)
+    if int(found.counts.min()) < 1 or int(found.counts.max()) > fields.QUANTITIES_MAX:
+        yield (found.counts < 1) | (found.counts > fields.QUANTITIES_MAX)
+    if not names:
+        return
+    if int(found.units.view(np.uint64).max()) > fields.QUANTITY_MAX:
+        yield _rows(m, found.row[(found.units < 0) | (found.units > fields.QUANTITY_MAX)])
+    badly_named = np.array([not fields.METER.fullmatch(name) for name in found.meters])
+    if badly_named.any():
+        yield _rows(m, found.row[badly_named[found.meter]])
+    calls = found.meters.index("calls") if "calls" in found.meters else -1
+    pair = found.row * names + found.meter
+    if names < PAIRS_FROM:
+        times = np.bincount(pair, minlength=m * names).reshape(m, names)
+        if int(times.max()) > 1:
+            yield times.max(axis=1) > 1
+    else:
+        pair.sort()
+        yield _rows(m, pair[1:][pair[1:] == pair[:-1]] // names)
+    yield ~_rows(m, found.row[found.meter == calls])
 
 
-def _path(column: pa.ListArray) -> Mask:
+def _rows(m: int, rows: npt.NDArray[np.int64]) -> Mask:
+    """[m] True at `rows`."""
+    mask = np.zeros(m, np.bool_)
+    mask[rows] = True
+    return mask
+
+
+def _path(column: pa.ListArray) -> Iterator[Mask]:
+    """Rows with too many runs, or one that is no id."""
     if column.null_count == len(column):
-        return np.zeros(len(column), np.bool_)
-    offsets = _offsets(column)
+        return
+    offsets = ends_of(column)
     counts = np.diff(offsets)
-    suspect = counts > fields.PATH_MAX
+    yield counts > fields.PATH_MAX
     items = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-    bad = _texts(items, _ID_BYTES, 1, ID_BYTES_MAX)
-    suspect[np.repeat(np.arange(len(column)), counts)[bad]] = True
-    return suspect
+    owner = np.repeat(np.arange(len(column)), counts)
+    for bad in _texts(items, _ID_BYTES, 1, ID_BYTES_MAX):
+        yield _rows(len(column), owner[bad])
 
 
-def _attributes(usage: pa.RecordBatch) -> Mask:
-    """Any row with attributes too many, too long or twice."""
-    column = usage.column("attributes")
+def _attributes(column: pa.MapArray) -> Iterator[Mask]:
+    """Rows with attributes too many, too long or twice."""
     if column.null_count == len(column):
-        return np.zeros(len(column), np.bool_)
-    offsets = _offsets(column)
+        return
+    offsets = ends_of(column)
     counts = np.diff(offsets)
-    suspect = counts > fields.ATTRIBUTES_MAX
+    yield counts > fields.ATTRIBUTES_MAX
     owner = np.repeat(np.arange(len(column)), counts)
     length = offsets[-1] - offsets[0]
     keys, texts = column.keys.slice(offsets[0], length), column.items.slice(offsets[0], length)
-    bad = _texts(keys, None, 1, fields.ATTRIBUTE_BYTES_MAX) | _texts(texts, None, 0, fields.ATTRIBUTE_BYTES_MAX)
-    suspect[owner[bad]] = True
+    for bad in chain(
+        _texts(keys, None, 1, fields.ATTRIBUTE_BYTES_MAX), _texts(texts, None, 0, fields.ATTRIBUTE_BYTES_MAX)
+    ):
+        yield _rows(len(column), owner[bad])
     codes = keys.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
     if len(codes):
         span = int(codes.max()) + 1
         pair = np.sort(owner * span + codes)
-        suspect[pair[1:][pair[1:] == pair[:-1]] // span] = True
-    return suspect
+        yield _rows(len(column), pair[1:][pair[1:] == pair[:-1]] // span)

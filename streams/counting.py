@@ -14,14 +14,11 @@ import pyarrow.compute as pc
 from tollway.schemas.command import SCOPE_KINDS
 from tollway.schemas.usage import COUNTED_STATUSES, PRINCIPAL_KINDS
 from tollway.streams.batch import Batch
+from tollway.streams.columns import Ints, Quantities, encoded, factorized
 from tollway.streams.policy import KIND_CODES, Plan
 from tollway.streams.windows import AHEAD_S, oldest_start_s, starts_s
 
-Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-
-HASH_FROM = 128
-"""Shorter arrays are factorized by a dict: Arrow's hashing has the dearer start."""
 
 _STATUSES = pa.array(COUNTED_STATUSES)
 _COLUMNS = ["account", "principal_kind", "principal", "agent", "session", "run", "quantities"]
@@ -70,24 +67,6 @@ class Family:
     """Rows → their scopes."""
 
 
-def factorized(values: Ints) -> tuple[Ints, Ints]:
-    """(code of each value, distinct values)."""
-    if len(values) < HASH_FROM:
-        seen: dict[int, int] = {}
-        few = [seen.setdefault(value, len(seen)) for value in values.tolist()]
-        return np.array(few, np.int64), np.fromiter(seen, np.int64, len(seen))
-    hashed = pa.array(values).dictionary_encode()
-    distinct = hashed.dictionary.to_numpy()
-    return hashed.indices.to_numpy().astype(np.int64), distinct
-
-
-def encoded(column: pa.Array) -> tuple[Ints, list[str]]:
-    """(code of each text, distinct texts); -1 for null."""
-    found = column.dictionary_encode()
-    codes = found.indices.fill_null(-1) if found.indices.null_count else found.indices
-    return codes.to_numpy().astype(np.int64), found.dictionary.to_pylist()
-
-
 def counted(batch: Batch, declared: Mapping[str, object]) -> Counted | None:
     """What of a batch counts: accepted, `ok` or `error`, in declared meters. None where nothing does."""
     usage = batch.usage
@@ -98,18 +77,15 @@ def counted(batch: Batch, declared: Mapping[str, object]) -> Counted | None:
         columns, at_s = columns.filter(pa.array(rows)), at_s[rows]
     if not columns.num_rows:
         return None
-    quantities = columns.column("quantities")
-    offsets = quantities.offsets.to_numpy()
-    here = slice(int(offsets[0]), int(offsets[-1]))
-    meter, names = encoded(quantities.keys[here])
-    row = np.repeat(np.arange(columns.num_rows), np.diff(offsets))
-    units = quantities.items[here].to_numpy()
-    known = np.array([name in declared for name in names], np.bool_)
+    whole = columns.num_rows == usage.num_rows
+    found = batch.quantities if whole else Quantities.of(columns.column("quantities"))
+    meter, row, units = found.meter, found.row, found.units
+    known = np.array([name in declared for name in found.meters], np.bool_)
     if not known.all():
         kept = known[meter]
         meter, row, units = meter[kept], row[kept], units[kept]
-    account, accounts = encoded(columns.column("account"))
-    return Counted(accounts, account, at_s, names, meter, row, units, columns)
+    account, accounts = batch.accounts if whole else encoded(columns.column("account"))
+    return Counted(accounts, account, at_s, found.meters, meter, row, units, columns)
 
 
 def families(usage: Counted, plans: list[Plan]) -> Iterator[tuple[tuple[int, ...], Family]]:

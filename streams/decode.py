@@ -1,7 +1,9 @@
 """Bytes → Arrow: a whole batch by one decoder, its poison found by bisection with the same decoder (design §3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +11,11 @@ import pyarrow as pa
 import pyruhvro
 
 from tollway.schemas import codec
+from tollway.streams.batch import HEAD_BYTES
 
+Rows = npt.NDArray[np.int64]
+
+_BODY: Callable[[Any], bytes] = itemgetter(slice(HEAD_BYTES, None))
 DECODE_FAILURES = (ValueError, pa.ArrowInvalid, OverflowError)
 
 
@@ -45,30 +51,31 @@ def decode_usage(
     Returns the columns of those that decode, their rows in order, and row → (reason, detail) of the poison.
     """
     poison: dict[int, tuple[str, str]] = {}
-    pieces: list[tuple[pa.RecordBatch, list[int]]] = []
-    for number in np.unique(ids).tolist():
-        mine = rows[ids == number].tolist()
-        for batch, good in _bisect(number, mine, [(values[row] or b"")[5:] for row in mine], poison):
+    pieces: list[tuple[pa.RecordBatch, Rows]] = []
+    for number in sorted(set(ids.tolist())):
+        mine = rows[ids == number]
+        bodies = list(map(_BODY, values if len(mine) == len(values) else [values[row] or b"" for row in mine.tolist()]))
+        for batch, good in _bisect(number, mine, bodies, poison):
             pieces.append((_newest(batch), good))
     if len(pieces) == 1:
-        return pieces[0][0], np.array(pieces[0][1], np.int64), poison
+        return *pieces[0], poison
     if not pieces:
         return pa.RecordBatch.from_pylist([], schema=usage_schema()), np.empty(0, np.int64), poison
-    order = np.array([row for _, good in pieces for row in good], np.int64)
+    order = np.concatenate([good for _, good in pieces])
     table = pa.Table.from_batches([piece for piece, _ in pieces]).combine_chunks()
     ascending = np.argsort(order, kind="stable")
     return table.take(pa.array(ascending)).combine_chunks().to_batches()[0], order[ascending], poison
 
 
 def _bisect(
-    schema_id: int, rows: list[int], bodies: list[bytes], poison: dict[int, tuple[str, str]]
-) -> list[tuple[pa.RecordBatch, list[int]]]:
+    schema_id: int, rows: Rows, bodies: list[bytes], poison: dict[int, tuple[str, str]]
+) -> list[tuple[pa.RecordBatch, Rows]]:
     """Decodable stretches of `bodies`; single records that do not decode go into `poison`."""
     try:
         return [(decode_id(schema_id, bodies), rows)]
     except DECODE_FAILURES as error:
         if len(rows) == 1:
-            poison[rows[0]] = ("invalid_utf8" if _is_utf8_fault(error) else "undecodable", str(error)[:200])
+            poison[int(rows[0])] = ("invalid_utf8" if _is_utf8_fault(error) else "undecodable", str(error)[:200])
             return []
     middle = len(rows) // 2
     return [

@@ -12,6 +12,8 @@ from tollway.schemas.lane import LANES
 from tollway.schemas.usage import AHEAD_S, SOURCE_LIFE_S, UNSEQUENCED_S
 from tollway.streams.batch import ACCEPTED, DUPLICATE, REFUSED
 
+_RADIX = 1 << 16
+"""Below it numpy sorts by radix, ten times faster."""
 HOLES_MAX = 1_000
 """Hole ranges a (source, lane); one more closes the oldest, whose late ones are dead-lettered `hole_closed`."""
 
@@ -66,7 +68,8 @@ class Dedupe:
         if not len(sequences):
             return verdicts
         pair = codes * LANES + lanes
-        order = np.argsort(pair, kind="stable")
+        small = len(sources) * LANES <= _RADIX
+        order = np.argsort(pair.astype(np.uint16) if small else pair, kind="stable")
         pairs, ordered = pair[order], sequences[order]
         starts = np.flatnonzero(np.r_[True, pairs[1:] != pairs[:-1]])
         ends = np.r_[starts[1:], len(pairs)]

@@ -28,8 +28,9 @@ from tollway.streams.batch import (
     Batch,
     Records,
 )
+from tollway.streams.columns import encoded, same_texts
 from tollway.streams.decode import decode_usage, usage_ids
-from tollway.streams.judge_command import COMMAND_HEADERS, is_command, judge_command
+from tollway.streams.judge_command import COMMAND_IDS, is_command, judge_command
 from tollway.streams.state import PartitionState
 
 _USAGE_IDS = frozenset(usage_ids())
@@ -47,12 +48,9 @@ def cut(state: PartitionState, records: Records) -> int:
     times = log_times(state, records)[:RECORDS_MAX]
     steps = times // (state.step_s * 1000)
     end = int(np.searchsorted(steps, steps[0], side="right"))
-    if is_command(records.values[0]):
-        return 1
-    heads = {value[:5] for value in records.values[:end] if value is not None}
-    if heads & COMMAND_HEADERS:
-        return next(row for row in range(1, end) if is_command(records.values[row]))
-    return end
+    commands = _named(records.schema_ids[:end], COMMAND_IDS)
+    first = int(commands.argmax())
+    return max(1, first) if commands[first] else end
 
 
 def judge(state: PartitionState, records: Records) -> Batch:
@@ -62,7 +60,7 @@ def judge(state: PartitionState, records: Records) -> Batch:
     """
     times = log_times(state, records)
     n = len(records)
-    ids = _schema_ids(records.values)
+    ids = records.schema_ids
     kind = np.full(n, POISON, np.uint8)
     reasons: Reasons = {}
     command = None
@@ -102,12 +100,12 @@ def judge(state: PartitionState, records: Records) -> Batch:
     return batch
 
 
-def _schema_ids(values: list[bytes | None]) -> npt.NDArray[np.uint32]:
-    """[n] schema id of each value's framing, 0 where there is none."""
-    heads = b"".join([value[:5] if value and len(value) >= 5 else b"\xff\0\0\0\0" for value in values])
-    framing = np.frombuffer(heads, np.uint8).reshape(len(values), 5)
-    ids = np.ascontiguousarray(framing[:, 1:]).view(">u4").ravel().astype(np.uint32)
-    return np.where(framing[:, 0] == 0, ids, 0).astype(np.uint32)
+def _named(ids: npt.NDArray[np.uint32], wanted: frozenset[int]) -> npt.NDArray[np.bool_]:
+    """[n] True where an id is one of the few `wanted`."""
+    mask = np.zeros(len(ids), np.bool_)
+    for number in wanted:
+        mask |= ids == number
+    return mask
 
 
 def judge_block(state: PartitionState, records: Records) -> list[Batch]:
@@ -128,9 +126,7 @@ def _sort_out(
     records: Records, ids: npt.NDArray[np.uint32], kind: npt.NDArray[np.uint8], reasons: Reasons
 ) -> npt.NDArray[np.int64]:
     """Set the kind of every record and the reason of what cannot be decoded at all; returns the usage rows."""
-    known = np.isin(ids, list(_USAGE_IDS))
-    lengths = np.array([-1 if value is None else len(value) for value in records.values], np.int64)
-    plain = known & (lengths <= codec.VALUE_BYTES_MAX)
+    plain = _named(ids, _USAGE_IDS) & (records.lengths <= codec.VALUE_BYTES_MAX)
     kind[plain] = USAGE
     for row in np.flatnonzero(~plain).tolist():
         value, key = records.values[row], records.keys[row]
@@ -162,11 +158,11 @@ def _admit(state: PartitionState, batch: Batch, times: npt.NDArray[np.int64]) ->
     usage, row, records = batch.usage, batch.row, batch.records
     append_ms, log_ms = records.append_ms[row], times[row]
     refused: Reasons = {}
-    suspect = bounds.suspects(usage)
+    suspect = bounds.suspects(usage, batch.quantities)
     faults = {at: bounds.fault(usage, at) for at in np.flatnonzero(suspect).tolist()}
-    codes, names = _encoded(usage.column("account"))
+    codes, names = batch.accounts
     lanes = np.array([lane(name) for name in names], np.int64)[codes]
-    misrouted = _misrouted(state, batch, codes, names, lanes)
+    misrouted = _misrouted(state, batch, lanes)
     occurred = bounds.longs(usage.column("occurred_at"))
     for at, found in faults.items():
         if found and found[0] == "duplicate_key":
@@ -186,7 +182,7 @@ def _admit(state: PartitionState, batch: Batch, times: npt.NDArray[np.int64]) ->
         "too_late",
         lambda at: f"occurred {int(append_us[at] - occurred[at])} us before append, at most 34 days",
     )
-    sources, source_names = _encoded(usage.column("source"))
+    sources, source_names = encoded(usage.column("source"))
     born = np.array([_born(name) for name in source_names], np.int64)[sources]
     _refuse(
         refused,
@@ -226,8 +222,10 @@ def _admit(state: PartitionState, batch: Batch, times: npt.NDArray[np.int64]) ->
         batch.reasons[int(row[at])] = found
     ahead = occurred > append_us + AHEAD_S * 1_000_000
     batch.occurred_us[:] = np.where(ahead, append_us, occurred)
-    held = usage.column("hold").is_valid().to_numpy(zero_copy_only=False)
-    batch.window_us[:] = np.where(held, occurred, np.maximum(batch.occurred_us, append_us - UNSEQUENCED_S * 1_000_000))
+    batch.window_us[:] = np.maximum(batch.occurred_us, append_us - UNSEQUENCED_S * 1_000_000)
+    if usage.column("hold").null_count != len(row):
+        held = usage.column("hold").is_valid().to_numpy(zero_copy_only=False)
+        batch.window_us[held] = occurred[held]
     _undeclared(state, batch)
 
 
@@ -251,26 +249,22 @@ def _refuse(refused: Reasons, mask: npt.NDArray[np.bool_], reason: str, detail: 
         refused.setdefault(at, (reason, detail(at)))
 
 
-def _encoded(column: pa.Array) -> tuple[npt.NDArray[np.int64], list[str]]:
-    encoded = column.dictionary_encode()
-    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
-
-
-def _misrouted(
-    state: PartitionState, batch: Batch, codes: npt.NDArray[np.int64], names: list[str], lanes: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
+def _misrouted(state: PartitionState, batch: Batch, lanes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Key is not the account, or the account's lane is not this partition's."""
-    known = {name.encode(): code for code, name in enumerate(names)}
-    keys = batch.records.keys
-    keyed = np.array([known.get(keys[at] or b"", -1) for at in batch.row.tolist()], np.int64)
-    misrouted: npt.NDArray[np.bool_] = (keyed != codes) | (lanes % state.partitions != state.partition)
+    keys, (codes, names) = batch.records.keys, batch.accounts
+    if len(batch.row) < len(keys):
+        keys = [keys[at] for at in batch.row.tolist()]
+    misrouted: npt.NDArray[np.bool_] = lanes % state.partitions != state.partition
+    if not same_texts(batch.usage.column("account"), keys):
+        known = {name.encode(): code for code, name in enumerate(names)}
+        misrouted |= np.array([known.get(key or b"", -1) for key in keys], np.int64) != codes
     return misrouted
 
 
 def _closed(state: PartitionState, codes: npt.NDArray[np.int64], names: list[str]) -> npt.NDArray[np.bool_]:
     """[names] True where an account that admissible usage (`codes`) names is not open."""
     closed = np.zeros(len(names), np.bool_)
-    for code in np.unique(codes).tolist():
+    for code in np.flatnonzero(np.bincount(codes, minlength=len(names))).tolist():
         closed[code] = state.directory.account(names[code]) is None
     return closed
 
@@ -298,10 +292,14 @@ def _deduplicate(
     sources: npt.NDArray[np.int64], source_names: list[str], lanes: npt.NDArray[np.int64], append_ms: npt.NDArray[np.int64],
 ) -> None:  # fmt: skip
     admitted = verdicts == ACCEPTED
-    ordered = np.flatnonzero(admitted & (sequence > 0))
-    seen = state.dedupe.sequenced(source_names, sources[ordered], lanes[ordered], sequence[ordered])
-    verdicts[ordered] = seen
-    for at in ordered[seen == REFUSED].tolist():
+    numbered = admitted & (sequence > 0)
+    if numbered.all():
+        verdicts[:] = state.dedupe.sequenced(source_names, sources, lanes, sequence)
+    else:
+        verdicts[numbered] = state.dedupe.sequenced(
+            source_names, sources[numbered], lanes[numbered], sequence[numbered]
+        )
+    for at in np.flatnonzero(numbered & (verdicts == REFUSED)).tolist():
         refused[at] = ("hole_closed", f"sequence {int(sequence[at])} lies below a hole that had to be closed")
     for at in np.flatnonzero(admitted & (sequence == 0)).tolist():
         event_id = batch.usage.column("event_id")[at].as_py()
@@ -310,11 +308,9 @@ def _deduplicate(
 
 def _undeclared(state: PartitionState, batch: Batch) -> None:
     """Meters nobody declared: stored, not counted, alarmed."""
-    quantities = batch.usage.column("quantities")
-    names = quantities.keys.dictionary_encode().dictionary.to_pylist()
-    strange = [name for name in names if name not in state.directory.meters]
-    if strange and batch.accepted.any():
-        for pairs in quantities.filter(pa.array(batch.accepted)).to_pylist():
-            for meter, _ in pairs:
-                if meter in strange:
-                    batch.undeclared[meter] = batch.undeclared.get(meter, 0) + 1
+    found = batch.quantities
+    for code, name in enumerate(found.meters):
+        if name not in state.directory.meters:
+            count = int(np.count_nonzero(batch.accepted[found.row[found.meter == code]]))
+            if count:
+                batch.undeclared[name] = batch.undeclared.get(name, 0) + count

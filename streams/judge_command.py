@@ -17,14 +17,13 @@ from tollway.streams.batch import ACCEPTED, DUPLICATE, POISON, Batch, Records
 from tollway.streams.directory import verified
 from tollway.streams.state import PartitionState
 
-COMMAND_HEADERS = frozenset(
-    codec.header(number) for number, entry in codec.catalogue().items() if entry["record"] == "Command"
-)
+COMMAND_IDS = frozenset(number for number, entry in codec.catalogue().items() if entry["record"] == "Command")
+_HEADERS = frozenset(codec.header(number) for number in COMMAND_IDS)
 
 
 def is_command(value: bytes | None) -> bool:
     """Whether a value's framing names a Command."""
-    return value is not None and value[:5] in COMMAND_HEADERS
+    return value is not None and value[:5] in _HEADERS
 
 
 def judge_command(state: PartitionState, batch: Batch) -> dict[str, Any] | None:

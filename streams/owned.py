@@ -57,18 +57,20 @@ class Owned:
 
     def put(self, records: list[ConsumerRecord], now: float) -> bool:
         """Keep contiguous records; False where they are not the next ones, as after a rebalance: seek to `fetch_next`."""
-        fresh = [record for record in records if record.offset >= self.fetch_next]
+        fresh = records
+        if records and records[0].offset < self.fetch_next:
+            fresh = [record for record in records if record.offset >= self.fetch_next]
         if not fresh or fresh[0].offset != self.fetch_next:
             return False
         self.stash.extend(fresh)
-        self.stash_bytes += sum(len(record.value) for record in fresh if record.value)
+        self.stash_bytes += _bytes(fresh)
         self.fetch_next = fresh[-1].offset + 1
         self.heard_at = now
         return True
 
     def drop(self, count: int) -> None:
         """The first `count` records are folded."""
-        self.stash_bytes -= sum(len(record.value) for record in self.stash[:count] if record.value)
+        self.stash_bytes = self.stash_bytes - _bytes(self.stash[:count]) if count < len(self.stash) else 0
         del self.stash[:count]
         self.since += count
         self.retry_s = RETRY_FIRST_S
@@ -98,6 +100,11 @@ class Owned:
         self.stash_bytes = 0
         self.retry_at = now + self.retry_s
         self.retry_s = min(self.retry_s * 4, RETRY_MAX_S)
+
+
+def _bytes(records: list[ConsumerRecord]) -> int:
+    """Of their values."""
+    return sum(len(record.value) for record in records if record.value)
 
 
 def as_records(records: list[ConsumerRecord]) -> Records:

@@ -15,10 +15,10 @@ import pyarrow as pa
 from tollway.connectors.errors import Fatal
 from tollway.schemas.lane import LANES, lane
 from tollway.streams.batch import Batch
+from tollway.streams.columns import Ints
 from tollway.streams.counting import (
     Counted,
     Family,
-    Ints,
     Sums,
     allowed,
     by_start,
@@ -201,7 +201,8 @@ class Quota:
             items, row = np.concatenate([items for _, items, _ in mine]), np.concatenate([row for _, _, row in mine])
             key = (scope << METER_BITS) | meter_ids[usage.meter[items]]
             sums = summed(key, starts_s(windows[0], usage.at_s)[row], usage.units[items], row)
-            for window in windows:
+            pieces[windows[0]].append(sums)
+            for window in windows[1:]:
                 sums = coarser(sums, window)
                 pieces[window].append(sums)
         return {window: joined(parts) for window, parts in pieces.items()}

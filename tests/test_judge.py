@@ -89,6 +89,17 @@ def test_poison_does_not_touch_its_neighbours(name: str) -> None:
     assert verdicts == [ACCEPTED, REFUSED, ACCEPTED]
 
 
+def test_keys_that_read_as_their_accounts_only_one_behind_the_other_are_misrouted() -> None:
+    """Keys are compared with accounts record by record, though they are looked at all together."""
+    first, second = account_of(0), account_of(0, 1)
+    shifted = [
+        (first[:-1].encode(), *raw(usage(account=first, sequence=1))[1:]),
+        ((first[-1] + second).encode(), *raw(usage(account=second, sequence=2))[1:]),
+    ]
+    batch = judge(opened(0, first, second), records(shifted))
+    assert [batch.reasons[row][0] for row in (0, 1)] == ["misrouted", "misrouted"]
+
+
 def test_duplicate_map_key_is_refused() -> None:
     """A meter that stands twice in one record is refused: two decoders would bill two sums."""
     value = codec.encode("UsageEvent", usage(quantities={"calls": 1, "tokens": 7}))
@@ -186,28 +197,30 @@ def test_verdicts_do_not_depend_on_where_batches_are_cut(seed: int, sizes: list[
     assert cut_state.dump() == whole_state.dump()
 
 
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "account": st.text(max_size=5) | st.just("a" * 129),
-            "principal": st.text(min_size=0, max_size=4),
-            "run": st.none() | st.text(max_size=4),
-            "operation": st.text(max_size=300),
-            "latency_us": st.integers(-2, 10**12 + 2),
-            "sequence": st.integers(-2, 3),
-            "hold": st.none() | st.just("h"),
-            "revenue_nano": st.none() | st.integers(-1, 10**14 + 1),
-            "revenue_asset": st.none() | st.just("USD"),
-            "path": st.none() | st.lists(st.sampled_from(["r", "", "b d", "x" * 128]), max_size=34),
-            "attributes": st.none()
-            | st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.just("é" * 129), max_size=34),
-            "quantities": st.dictionaries(
-                st.sampled_from(["calls", "tokens", "Bad", "", "x" * 65]), st.integers(-1, 10**12 + 1), max_size=5
-            ),
-        },
-    )
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "account": st.text(max_size=5) | st.just("a" * 129),
+        "principal": st.text(min_size=0, max_size=4),
+        "run": st.none() | st.text(max_size=4),
+        "operation": st.text(max_size=300),
+        "latency_us": st.integers(-2, 10**12 + 2),
+        "sequence": st.integers(-2, 3),
+        "hold": st.none() | st.just("h"),
+        "revenue_nano": st.none() | st.integers(-1, 10**14 + 1),
+        "revenue_asset": st.none() | st.just("USD"),
+        "path": st.none() | st.lists(st.sampled_from(["r", "", "b d", "x" * 128]), max_size=34),
+        "attributes": st.none()
+        | st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.just("é" * 129), max_size=34),
+        "quantities": st.dictionaries(
+            st.sampled_from(["calls", "tokens", "Bad", "", "x" * 65]), st.integers(-1, 10**12 + 1), max_size=5
+        ),
+    },
 )
+"""Fields inside, at and beyond their bounds."""
+
+
+@given(FIELDS)
 @settings(max_examples=300, deadline=None)
 def test_column_checks_pass_nothing_that_the_exact_check_refuses(fields: dict[str, Any]) -> None:
     """What the columns call good, `schemas.usage.check` calls good too, with the same reason where it does not."""
@@ -220,6 +233,17 @@ def test_column_checks_pass_nothing_that_the_exact_check_refuses(fields: dict[st
         expected = error.reason
     found = bounds.fault(batch, 0) if bounds.suspects(batch)[0] else None
     assert (found[0] if found else None) == expected
+
+
+@given(st.lists(FIELDS, min_size=2, max_size=12), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_row_is_as_suspect_among_others_as_it_is_alone(rows: list[dict[str, Any]], first: int) -> None:
+    """Column checks over a batch, or a slice of one, name just the rows that they name one by one."""
+    bodies = [codec.encode("UsageEvent", usage(**fields))[5:] for fields in rows]
+    batch = decode_id(codec.schema_id("UsageEvent"), bodies)
+    alone = [bool(bounds.suspects(decode_id(codec.schema_id("UsageEvent"), [body]))[0]) for body in bodies]
+    assert bounds.suspects(batch).tolist() == alone
+    assert bounds.suspects(batch.slice(first)).tolist() == alone[first:]
 
 
 def test_a_batch_ends_at_a_step_and_around_a_command() -> None:

@@ -190,7 +190,7 @@ def any_asset() -> list[Change]:
 
 
 def keys_twice() -> list[Change]:
-    return [(bounds, "_quantities", lambda column: np.zeros(len(column), np.bool_))]
+    return [(bounds, "_quantities", lambda found: iter(()))]
 
 
 def utf8_unchecked() -> list[Change]:
@@ -201,7 +201,7 @@ def utf8_unchecked() -> list[Change]:
 
 
 def misrouted_counts() -> list[Change]:
-    return [(judge, "_misrouted", lambda state, batch, codes, names, lanes: np.zeros(len(codes), np.bool_))]
+    return [(judge, "_misrouted", lambda state, batch, lanes: np.zeros(len(lanes), np.bool_))]
 
 
 def any_log() -> list[Change]:
