@@ -59,7 +59,7 @@ class Soak:
         self.made: World = plain(world(1, ACCOUNTS, PRINCIPALS_EACH))
         self.times: list[float] = []
         self.rss: dict[str, list[float]] = {}
-        self.pss: dict[str, list[float]] = {}
+        self.own: dict[str, list[float]] = {}
         self.endpoints: Endpoints
 
     def run(self) -> dict[str, Any]:
@@ -139,12 +139,12 @@ class Soak:
             while (passed := time.monotonic() - began) < seconds:
                 self.times.append(passed / 60)
                 for name, pid in pids.items():
-                    rss, pss = memory_mb(pid)
+                    rss, own = memory_mb(pid)
                     self.rss.setdefault(name, []).append(rss)
-                    self.pss.setdefault(name, []).append(pss)
+                    self.own.setdefault(name, []).append(own)
                 if time.monotonic() - said > 30:
                     said = time.monotonic()
-                    shown = ", ".join(f"{name} {values[-1]:.0f}" for name, values in self.rss.items())
+                    shown = ", ".join(f"{name} {values[-1]:.0f}" for name, values in self.own.items())
                     self.progress(f"{passed / 60:.1f} of {seconds / 60:.0f} min at {rate:.0f}/s: MB {shown}")
                 while time.monotonic() - began < len(self.times) * SAMPLE_S:
                     time.sleep(0.1)
@@ -155,10 +155,10 @@ class Soak:
     def _report(self, top: float) -> dict[str, Any]:
         measured = [number for number, minute in enumerate(self.times) if minute >= self.warm_up]
         minutes = [self.times[number] for number in measured]
-        slopes = {name: slope(minutes, [mb[number] for number in measured]) for name, mb in self.rss.items()}
-        proportional = {name: slope(minutes, [mb[number] for number in measured]) for name, mb in self.pss.items()}
+        slopes = {name: slope(minutes, [mb[number] for number in measured]) for name, mb in self.own.items()}
+        resident = {name: slope(minutes, [mb[number] for number in measured]) for name, mb in self.rss.items()}
         growing = [name for name, fit in slopes.items() if fit.grows]
-        title = f"Resident memory at {top / SHARE:,.0f} events a second, a third of {top:,.0f}"
+        title = f"Anonymous memory at {top / SHARE:,.0f} events a second, a third of {top:,.0f}"
         return {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine() | served(self.endpoints),
@@ -166,15 +166,15 @@ class Soak:
             "rate": round(top / SHARE),
             "warm_up_minutes": self.warm_up,
             "minutes": round(minutes[-1] - minutes[0], 1),
-            "rss": {name: {**asdict(fit), "grows": fit.grows} for name, fit in slopes.items()},
-            "pss": {name: {**asdict(fit), "grows": fit.grows} for name, fit in proportional.items()},
+            "own": {name: {**asdict(fit), "grows": fit.grows} for name, fit in slopes.items()},
+            "rss": {name: {**asdict(fit), "grows": fit.grows} for name, fit in resident.items()},
             "samples_mb": {
                 "minute": [round(minute, 3) for minute in self.times],
-                **{name: [round(value, 1) for value in values] for name, values in self.rss.items()},
+                **{name: [round(value, 1) for value in values] for name, values in self.own.items()},
             },
             "growing": growing,
             "ok": not growing,
-            "svg": picture(title, self.times, dict(self.rss), slopes, self.warm_up),
+            "svg": picture(title, self.times, dict(self.own), slopes, self.warm_up),
         }
 
 
@@ -191,12 +191,13 @@ def _now(look: Look) -> Any:
 
 
 def memory_mb(pid: int) -> tuple[float, float]:
-    """Resident and proportional MB of a process (Linux)."""
+    """Resident and anonymous MB of a process (Linux). Resident counts pages of mapped files too: the broker maps the indices of
+    its log, which grow with the log and are the page cache's."""
     found = dict[str, float]()
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, size = line.partition(":")
         found[name] = int(size.split()[0]) / 1024
-    return found["Rss"], found["Pss"]
+    return found["Rss"], found["Anonymous"]
 
 
 def main() -> int:

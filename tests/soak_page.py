@@ -6,11 +6,11 @@ from typing import Any
 def page(found: dict[str, Any], name: str) -> str:
     """Markdown: what ran, the picture, each process's slope against its noise, and how to run it again."""
     rows = [
-        f"| {process} | {fit['mean_mb']:.0f} | {fit['mb_per_minute']:+.3f} | [{fit['low']:+.3f}, {fit['high']:+.3f}] |"
+        f"| {process} | {found['rss'][process]['mean_mb']:.0f} | {fit['mean_mb']:.0f} | {fit['mb_per_minute']:+.3f} | [{fit['low']:+.3f}, {fit['high']:+.3f}] |"
         f" {fit['growth_mb']:+.1f} | {fit['noise_mb']:.1f} | {'**yes**' if fit['grows'] else 'no'} |"
-        for process, fit in sorted(found["rss"].items())
+        for process, fit in sorted(found["own"].items())
     ]
-    proportional = ", ".join(f"{process} {fit['mean_mb']:.0f}" for process, fit in sorted(found["pss"].items()))
+    resident = ", ".join(f"{process} {fit['mb_per_minute']:+.2f}" for process, fit in sorted(found["rss"].items()))
     told = found["machine"]
     return f"""# Memory
 
@@ -21,14 +21,17 @@ The broker's first heap of 256 MB is touched at its start: else it fills page by
 
 ![memory over time]({name}.svg)
 
-| process | RSS, MB | MB a minute | 95 % interval | growth, MB | noise, MB | grows |
-|---|---|---|---|---|---|---|
+| process | resident, MB | own, MB | MB a minute | 95 % interval | growth, MB | noise, MB | grows |
+|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
+
+Own is anonymous memory. Resident adds the pages of mapped files, which are the page cache's: the broker maps its log's indices, and
+they grow with the log. Resident, MB a minute: {resident}.
 
 A process grows where the whole interval lies above zero and the growth over the time measured exceeds its noise: twice the spread
 round the line, a hundredth of its size, or a megabyte. The interval is widened by the likeness of neighbouring samples. No windows of
 minutes and no late usage: what is kept for hours grows by design until the oldest go. The Stripe stand-in, which keeps what it was told, is left out.
 
-PSS, MB: {proportional}. Apache Kafka {told["kafka"]} on {told["java"]}, Valkey {told["valkey"]}, ClickHouse {told["clickhouse"]},
+Apache Kafka {told["kafka"]} on {told["java"]}, Valkey {told["valkey"]}, ClickHouse {told["clickhouse"]},
 Python {told["python"]}, commit `{told["commit"]}`, {found["at"]}. All samples: [{name}.json]({name}.json).
 """
