@@ -30,7 +30,7 @@ from tollway.schemas.topics import USAGE
 from tollway.streams.policy import gate_fields
 from tollway.streams.quota_lots import Lot, parts
 
-WORLDS = {"mixed": 23, "crashes": 23, "sinks": 23, "days": 23, "ends": 23}
+WORLDS = {"mixed": 45, "crashes": 45, "sinks": 45, "days": 45, "ends": 45}
 DAY_MS = 86_400_000
 START_MS = 1_767_225_480_000
 

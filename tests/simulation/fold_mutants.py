@@ -375,15 +375,3 @@ def queue_in_memory() -> list[Change]:
         return []
 
     return [(Emitter, "killed", killed)]
-
-
-def taken_without_looking() -> list[Change]:
-    """Each hand-over done twice where it was re-sent."""
-
-    def take(work: Any, think: Any) -> None:
-        result = think(work.subject)
-        if not work.done.done():
-            work.taken = True
-            work.done.set_result(result)
-
-    return [(accounts, "take", take)]
