@@ -132,7 +132,9 @@ class Killer(threading.Thread):
             os.kill(pid, signal.SIGTERM)
         self._note(worker, how, "running")
         self._await_gone(worker, pid)
-        if following not in FAILPOINTS[self.group]:  # a life that dies before it is ready is followed by the next at once
+        if (
+            following not in FAILPOINTS[self.group]
+        ):  # a life that dies before it is ready is followed by the next at once
             self.stack.wait_ready(worker, READY_DEADLINE_S)
 
     def _running_for(self, worker: str, seconds: float) -> int:
