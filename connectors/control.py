@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import MessageSizeTooLargeError
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
@@ -75,8 +76,9 @@ class Control:
         partitions: int,
         new_id: Callable[[], str],
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        topic: str = USAGE.name,
     ) -> None:
-        self._producer, self._signer, self._partitions = producer, signer, partitions
+        self._producer, self._signer, self._partitions, self._topic = producer, signer, partitions, topic
         self._new_id, self._clock_us = new_id, clock_us
 
     async def send(
@@ -100,7 +102,12 @@ class Control:
     ) -> dict[int, int]:
         key, value, headers = signed_record(self._signer, command_id, account, kind, body, self._clock_us())
         sent = [
-            await self._producer.send(USAGE.name, value, key=key, partition=target, headers=headers)
+            await self._producer.send(self._topic, value, key=key, partition=target, headers=headers)
             for target in targets
         ]
-        return {metadata.partition: metadata.offset for metadata in [await future for future in sent]}
+        try:
+            return {metadata.partition: metadata.offset for metadata in [await future for future in sent]}
+        except MessageSizeTooLargeError as error:
+            raise Refused(
+                f"{self._topic} takes no commands, its log grows: say it again behind `topics grow`"
+            ) from error

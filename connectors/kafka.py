@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,22 @@ from aiokafka.errors import (
 )
 from aiokafka.errors import KafkaError as ClientError
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic, ResourceType
+from confluent_kafka import TopicPartition as Place
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ClusterMetadata,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
 
 from tollway.connectors.closing import close
 from tollway.connectors.errors import Refused, TollwayError, Unavailable
-from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
+from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS, TOPICS, USAGE, Topic, growths, log_topic
 
 REQUEST_BYTES_MAX = 17 * 1024 * 1024
 CHECKPOINT_TAIL = 64
@@ -66,20 +78,23 @@ class Admin:
         self, bootstrap: str, security: dict[str, Any] | None = None, *, timeout_s: float = ADMIN_TIMEOUT_S
     ) -> None:
         self._bootstrap, self._timeout_s = bootstrap, timeout_s
-        self.said: list[str] = []
+        said = self.said = deque[str](maxlen=SAID_MAX)
         """What the client complained about last, in its words: it tells a refused password from a broker that is away."""
+
+        def hear(
+            error: KafkaError,
+        ) -> None:  # knows nothing of this object: its threads end with it, not with the collector
+            said.append(f"{error.name()} {error.str()}")
+
         try:
             self.client = AdminClient(
-                {"bootstrap.servers": bootstrap, "log_level": 0, "error_cb": self._hear, **(security or {})}
+                {"bootstrap.servers": bootstrap, "log_level": 0, "error_cb": hear, **(security or {})}
             )
         except KafkaException as error:
             raise Refused(
                 f"the TLS or SASL settings cannot be used ({error.args[0].str()}): correct TOLLWAY_KAFKA_CA_FILE and the"
                 " other TOLLWAY_KAFKA_ settings"
             ) from error
-
-    def _hear(self, error: KafkaError) -> None:
-        self.said = [*self.said[-SAID_MAX:], f"{error.name()} {error.str()}"]
 
     async def topics(self) -> dict[str, Placed]:
         """Topics that this user may see."""
@@ -121,17 +136,29 @@ class Admin:
                     f"topic {topic.name} has {present[topic.name]} partitions, not {partitions}: "
                     "a log grows by `topics grow`, never in place"
                 )
+        missing = [topic for topic in TOPICS if topic.name not in present]
+        await self.make(missing, partitions, replication)
+        return [topic.name for topic in missing]
+
+    async def make(self, topics: Iterable[Topic], partitions: int, replication: int) -> None:
+        """Create topics that are not there."""
         minimum = {"min.insync.replicas": str(MIN_ISR)} if replication >= REPLICATION_MIN else {}
-        missing = [
-            NewTopic(topic.name, partitions, replication, config={**topic.settings, **minimum})
-            for topic in TOPICS
-            if topic.name not in present
-        ]
-        if missing:
-            futures = self.client.create_topics(missing, operation_timeout=self._timeout_s)
-            for name, future in futures.items():
-                await self._answer(future, f"topic {name} was not created", f"allow this user Create on {name}")
-        return [topic.topic for topic in missing]
+        new = [NewTopic(topic.name, partitions, replication, config={**topic.settings, **minimum}) for topic in topics]
+        futures = self.client.create_topics(new, operation_timeout=self._timeout_s) if new else {}
+        for name, future in futures.items():
+            await self._answer(future, f"topic {name} was not created", f"allow this user Create on {name}")
+
+    async def widen(self, topic: str, partitions: int) -> None:
+        """More partitions for a topic whose records name theirs: `partitions` in all."""
+        future = self.client.create_partitions([NewPartitions(topic, partitions)])[topic]
+        await self._answer(future, f"{topic} got no more partitions", f"allow this user Alter on {topic}")
+
+    async def set(self, topic: str, name: str, value: str) -> None:
+        """Change one setting of a topic; the others stay."""
+        entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+        resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+        future = self.client.incremental_alter_configs([resource], request_timeout=self._timeout_s)[resource]
+        await self._answer(future, f"{name} of {topic} was not set", f"allow this user AlterConfigs on {topic}")
 
     async def new_topic_id(self, topic: str) -> str:
         """`topic_id` of a topic that may have been created just now: brokers learn of it a moment later."""
@@ -152,6 +179,13 @@ class Admin:
         cure = f"allow this user Describe on {topic}"
         found = await self._answer(futures[topic], f"topic {topic} is not there", cure, "run `tollway topics create`")
         return str(found.topic_id)
+
+    async def ends(self, topic: str, partitions: int) -> dict[int, int]:
+        """partition → end offset (the next record's)."""
+        asked = {Place(topic, number): OffsetSpec.latest() for number in range(partitions)}
+        futures = self.client.list_offsets(asked, request_timeout=self._timeout_s)
+        what, right = f"the ends of {topic} cannot be read", f"allow this user Describe on {topic}"
+        return {place.partition: (await self._answer(future, what, right)).offset for place, future in futures.items()}
 
     async def settings_of(self, topic: str) -> dict[str, str]:
         """A topic's settings as the broker has them."""
@@ -286,13 +320,46 @@ async def ends(bootstrap: str, security: dict[str, Any], topic: str, partitions:
         await consumer.stop()
 
 
-async def log_partitions(admin: Admin) -> int:
-    """Partition count of the log. Raises Refused where the topics are not there or do not agree."""
+@dataclass(frozen=True)
+class CurrentLog:
+    """The log that takes usage now. What bills does not grow with it: the sender's topic keeps its count and its epoch."""
+
+    topic: str
+    growth: int
+    partitions: int
+    epoch: str
+    origin: str
+    """Epoch of the first log: that of meter events and of their sender."""
+    billing_partitions: int
+
+
+async def current_log(admin: Admin) -> CurrentLog:
+    """The latest growth step whose every partition is open. Raises Refused where the topics are not there or do not agree."""
     present = await admin.partitions()
     if USAGE.name not in present:
         raise Refused(f"topic {USAGE.name} is not there: run `tollway topics create`")
-    count = present[USAGE.name]
-    wrong = [topic.name for topic in TOPICS if present.get(topic.name) != count]
+    grown = growths(present)
+    for growth in grown:
+        topic = log_topic(growth)
+        if not growth or all((await admin.ends(topic, present[topic])).values()):
+            break
+    count, origin = present[topic], epoch_of(await admin.topic_id(USAGE.name))
+    wrong = [
+        other.name for other in TOPICS[1:] if not _fits(other.name, present.get(other.name), count, len(grown) > 1)
+    ]
     if wrong:
-        raise Refused(f"{', '.join(wrong)}: missing or not {count} partitions like {USAGE.name}")
-    return count
+        raise Refused(f"{', '.join(wrong)}: missing or not {count} partitions like {topic}")
+    epoch = epoch_of(await admin.topic_id(topic), growth) if growth else origin
+    return CurrentLog(topic, growth, count, epoch, origin, present[METER_EVENTS.name])
+
+
+def _fits(topic: str, found: int | None, count: int, grown: bool) -> bool:
+    """Whether a topic's partition count goes with the log's: equal, but for what growing makes of them."""
+    if found is None or not grown:
+        return found == count
+    return found <= count if topic == METER_EVENTS.name else found >= count
+
+
+async def log_partitions(admin: Admin) -> int:
+    """Partition count of the log. Raises as `current_log`."""
+    return (await current_log(admin)).partitions

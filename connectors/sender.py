@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from tollway.connectors.acknowledged import Acknowledged
 from tollway.connectors.adoption import ADOPTED_MAX, adopt_dead
@@ -24,6 +24,7 @@ from tollway.connectors.errors import Unavailable
 from tollway.connectors.flush import Flushes
 from tollway.connectors.frame import Frame
 from tollway.connectors.hush import hush
+from tollway.connectors.open_log import open_log
 from tollway.connectors.outbox import Batch, Outbox
 from tollway.connectors.spool import Position, Spool
 from tollway.connectors.tally import Tally
@@ -40,7 +41,6 @@ REMOVE_AGAIN_S = 5.0
 KEEP_S = 1.0
 """How often the place up to which all is acknowledged is written down."""
 CONNECT_DEADLINE_S = 30.0
-TOPIC_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 2.0
 RETRY_MS = 250
 REQUEST_TIMEOUT_MS = 30_000
@@ -95,7 +95,7 @@ class Sender:
         self._task: asyncio.Task[Any] | None = None
         self._stopping = self._connecting = False
         self._failure: BaseException | None = None
-        self._partitions = 1
+        self._log, self._partitions = topic, 1
         self._producer: AIOKafkaProducer | None = None
 
     def wake(self) -> None:
@@ -243,31 +243,23 @@ class Sender:
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 await producer.start()
-            self._partitions = await self._count_partitions(producer)
-            lanes.partition(0, self._partitions)
-            return await self._is_open()
+            return await self._is_open(producer)
         except (KafkaError, OSError, TimeoutError) as error:
             raise Unavailable(f"no Kafka at {self._bootstrap}: {error or 'it does not answer'}") from error
         finally:
             self._connecting = False
 
-    async def _count_partitions(self, producer: AIOKafkaProducer) -> int:
-        try:
-            async with asyncio.timeout(TOPIC_DEADLINE_S):
-                return len(await producer.partitions_for(self._topic))
-        except (UnknownTopicOrPartitionError, TimeoutError) as error:
-            raise Unavailable(f"topic {self._topic} is not there: run `tollway topics create`") from error
-
-    async def _is_open(self) -> bool:
-        """Wait until every partition has its first record, the `log.open`: what stands before it would be refused."""
+    async def _is_open(self, producer: AIOKafkaProducer) -> bool:
+        """Find the log to send to; wait until one has its first record, the `log.open`, in every partition."""
         consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, enable_auto_commit=False, **self._security)
-        partitions = [TopicPartition(self._topic, number) for number in range(self._partitions)]
         backoff_s = BACKOFF_S
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 await consumer.start()
             while not self._stopping:
-                if all((await consumer.end_offsets(partitions)).values()):
+                if (found := await open_log(producer, consumer, self._topic)) is not None:
+                    self._log, self._partitions = found
+                    lanes.partition(0, self._partitions)
                     return True
                 self._report(f"topic {self._topic} is not open: every partition needs its log.open first")
                 backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
@@ -291,7 +283,7 @@ class Sender:
 
     async def _send(self, producer: AIOKafkaProducer, *, full_only: bool = False) -> None:
         for batch in self._outbox.to_send(time.monotonic(), full_only=full_only):
-            future = await producer.send_batch(batch.builder, self._topic, partition=batch.partition)
+            future = await producer.send_batch(batch.builder, self._log, partition=batch.partition)
             future.add_done_callback(partial(self._answered, producer, batch))
 
     async def _take(self, producer: AIOKafkaProducer) -> "Taken":
@@ -337,6 +329,10 @@ class Sender:
         error = ConnectionAbortedError("the producer was closed") if answer.cancelled() else answer.exception()
         if producer is not self._producer:
             return  # given up with its producer: the next one has the batch
+        if isinstance(error, MessageSizeTooLargeError):
+            error = Unavailable(
+                f"{self._log} takes no usage: the log grows, or this user may not write to its successor"
+            )
         if error is not None:
             self._failure = self._failure or error
         else:

@@ -62,6 +62,8 @@ class LogConfig:
     snapshot_s: int = 86_400
     hold_grace_s: int = 900
     auto_open: bool = False
+    origin: str = ""
+    """Epoch of the first log, where this one has grown from it: meter events go on under that one."""
 
     def body(self) -> dict[str, Any]:
         """As the body of `log.open`."""
@@ -111,6 +113,8 @@ def _log_open(body: dict[str, Any]) -> None:
     _public_key(body)
     config = LogConfig(**body)
     given = config.body()
+    if not isinstance(config.origin, str):
+        raise CommandError(f"origin is {config.origin!r}: give the epoch of the first log, or nothing")
     if config.lanes != LANES:
         raise CommandError(f"lanes is {config.lanes!r}: give {LANES}, it is fixed")
     for name in ("step_s", "billing_window_s", "snapshot_s"):

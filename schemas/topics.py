@@ -1,6 +1,7 @@
 """The topics, in the order of the flow: one table that the admin, the workers and the docs read."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 DAY_MS = 86_400_000
 
@@ -65,6 +66,24 @@ CHECKPOINTS = Topic(
     },
 )
 TOPICS = (USAGE, METER_EVENTS, DEAD_LETTERS, CHECKPOINTS)
+
+
+def log_topic(growth: int) -> str:
+    """The log's topic after so many growth steps: `usage.events`, `usage.events.1` …"""
+    return f"{USAGE.name}.{growth}" if growth else USAGE.name
+
+
+def growths(names: Iterable[str]) -> list[int]:
+    """Growth steps of the logs among topics' names, the latest first."""
+    after = f"{USAGE.name}."
+    found = {int(name[len(after) :]) for name in names if name.startswith(after) and name[len(after) :].isdecimal()}
+    return sorted({*found, *([0] if USAGE.name in names else [])}, reverse=True)
+
+
+def topics_of(log: str) -> tuple[Topic, ...]:
+    """The table for a log whose topic has another name."""
+    return (replace(USAGE, name=log), *TOPICS[1:])
+
 
 TICK_KEY = b"tick"
 BROADCAST = "*"

@@ -8,6 +8,7 @@ from aiokafka import ConsumerRecord
 
 from tollway.connectors.errors import Fatal
 from tollway.schemas import codec
+from tollway.schemas.lane import LANES
 from tollway.schemas.meter_event import MeterEvent
 from tollway.schemas.topics import METER_EVENTS, USAGE
 from tollway.streams.batch import REFUSED, Batch, Records
@@ -97,7 +98,7 @@ async def billing(works: AsyncIterable[Work]) -> None:
 class AccountsFold:
     """Hands each batch to the agents quota and billing; dead-letters what was refused."""
 
-    group, topic, ticks, fencing = "accounts", USAGE.name, True, None
+    group, ticks, fencing = "accounts", True, None
 
     def __init__(
         self,
@@ -108,7 +109,11 @@ class AccountsFold:
         billing: Think,
         view: View,
         failpoints: Failpoints,
+        topic: str = USAGE.name,
+        billing_partitions: int = LANES,
     ) -> None:
+        """`billing_partitions`: of the topic of meter events, where they are fewer than the log's."""
+        self.topic, self._billing_partitions = topic, billing_partitions
         self._epoch, self._partitions, self._public_key = epoch, partitions, public_key
         self._quota, self._billing, self._view, self._fail = quota, billing, view, failpoints
 
@@ -166,7 +171,7 @@ class AccountsFold:
         messages: list[Message] = [
             (
                 METER_EVENTS.name,
-                effect.partition,
+                effect.partition % self._billing_partitions,
                 event["account"].encode(),
                 codec.encode("MeterEvent", dict(event)),
                 (),
@@ -194,7 +199,7 @@ class AccountsFold:
 
     def may_tick(self, state: PartitionState) -> bool:
         """Only behind log.open."""
-        return state.directory.config is not None
+        return state.is_open
 
     def problems(self) -> dict[int, str]:
         """None: effects that are not taken hold the turn."""

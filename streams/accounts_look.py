@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import epoch_of, log_partitions, read_newest
+from tollway.connectors.kafka import current_log, log_partitions, read_newest
 from tollway.schemas.lane import lane, partition
-from tollway.schemas.topics import USAGE
 from tollway.streams.directory import Account, Token
 from tollway.streams.judge import judge
 from tollway.streams.judge_command import is_command
@@ -19,15 +18,13 @@ from tollway.streams.wiring import kafka_admin
 
 async def accounts_of(settings: Settings, wanted: Iterable[int] | None = None) -> dict[str, Account]:
     """name → account, of some partitions or all, as the log's end has them. Raises Refused where there is no log."""
-    admin = kafka_admin(settings)
-    partitions = await log_partitions(admin)
-    epoch = epoch_of(await admin.topic_id(USAGE.name))
-    found = await checkpoints_of(settings, epoch, partitions, ["accounts"])
-    numbers = sorted(set(range(partitions) if wanted is None else wanted) & {number for _, number in found})
+    log = await current_log(kafka_admin(settings))
+    found = await checkpoints_of(settings, log.epoch, log.partitions, ["accounts"])
+    numbers = sorted(set(range(log.partitions) if wanted is None else wanted) & {number for _, number in found})
     behind = await read_newest(
         settings.kafka_bootstrap,
         settings.kafka_security(),
-        USAGE.name,
+        log.topic,
         numbers,
         None,
         starts={number: found["accounts", number].next_offset for number in numbers},
@@ -35,7 +32,7 @@ async def accounts_of(settings: Settings, wanted: Iterable[int] | None = None) -
     )
     accounts: dict[str, Account] = {}
     for number in numbers:
-        state = PartitionState.load(number, partitions, epoch, found["accounts", number].state, {})
+        state = PartitionState.load(number, log.partitions, log.epoch, found["accounts", number].state, {})
         for record in behind[number]:
             judge(state, as_records([record]))
         accounts |= state.directory.accounts

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from mode import Service
 
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.connectors.hush import hush
+from tollway.connectors.kafka import CurrentLog, current_log
 from tollway.streams.accounts import AccountsFold, billing, quota
 from tollway.streams.audit_fold import AuditFold, audit
 from tollway.streams.engine import Engine
@@ -30,6 +32,8 @@ from tollway.streams.worker import Health, Replica, engine_config, public_key_of
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 5.0
+"""How often a worker asks which log is current."""
 STOP_S = 4.0
 """A worker ends within 5 s of SIGTERM: what is not settled by then is done again by the next owner."""
 
@@ -119,12 +123,29 @@ class Host:
                 self._seats.append(Seat(group, partial(self._engine, group, replica, parts, self._failpoints(group))))
             health = Health(settings.health_port, [seat.health for seat in self._seats], parts.figures())
             await health.start()
+            watch = asyncio.create_task(self._until_grown(), name="log")
             try:
                 await run_seats(self._seats)
             finally:
+                watch.cancel()
                 await health.stop()
+            if watch.done() and not watch.cancelled():
+                raise Unavailable(watch.result())
         finally:
             await parts.close()
+
+    async def _until_grown(self) -> str:
+        """Returns, with the seats stopped, when another log is current: a new start works on that one."""
+        admin = kafka_admin(self.settings)  # one for all looks: a client has threads of its own
+        while True:
+            await asyncio.sleep(LOOK_S)
+            former: CurrentLog | None = self._made.get("log")
+            with suppress(TollwayError):  # Kafka is away, perhaps: the engines say so
+                log = await current_log(admin)
+                if former is not None and log.growth > former.growth:
+                    for seat in self._seats:
+                        await seat.stop()
+                    return grown(former, log)
 
     def _failpoints(self, group: str) -> Failpoints:
         return Failpoints.read(self.settings.data, group)
@@ -132,28 +153,37 @@ class Host:
     async def _engine(self, group: str, replica: Replica, parts: Parts, failpoints: Failpoints) -> Engine:
         """A new engine with a new fold: nothing of the former one's memory, only its connections. Raises Fatal on another log."""
         await answers(self.settings.kafka_bootstrap, self.settings.kafka_security())
-        config = await engine_config(self.settings, replica)
-        epoch = self._made.setdefault("epoch", config.epoch)
-        if config.epoch != epoch:
+        log = await current_log(kafka_admin(self.settings))
+        config = await engine_config(self.settings, replica, log, group)
+        former = self._made.setdefault("log", log)
+        if log.growth > former.growth:
+            raise Unavailable(grown(former, log))
+        if log != former:
             raise Fatal(
-                f"the log is {config.epoch} now and was {epoch}: its topic was made anew; start workers for that log"
+                f"the log is {log.epoch} now and was {former.epoch}: its topic was made anew; start workers for that log"
             )
-        fold = await self._fold_of(group, config.epoch, config.partitions, parts, failpoints)
-        return Engine(fold, config, failpoints)
+        return Engine(await self._fold_of(group, log, parts, failpoints), config, failpoints)
 
-    async def _fold_of(self, group: str, epoch: str, partitions: int, parts: Parts, failpoints: Failpoints) -> Any:
-        settings, made = self.settings, self._made
+    async def _fold_of(self, group: str, log: CurrentLog, parts: Parts, failpoints: Failpoints) -> Any:
+        settings, made, epoch, partitions = self.settings, self._made, log.epoch, log.partitions
         if group == "accounts":
             view = made.get("view") or made.setdefault("view", await parts.views(epoch, partitions))
             key = public_key_of(settings)
-            return AccountsFold(epoch, partitions, key, Hand(self.quota), Hand(self.billing), view, failpoints)
+            agents = Hand(self.quota), Hand(self.billing)
+            places = log.topic, log.billing_partitions
+            return AccountsFold(epoch, partitions, key, *agents, view, failpoints, *places)
         if group == "audit":
             store = made.get("store") or made.setdefault("store", await parts.audit_store())
             copies = made.get("copies") or made.setdefault("copies", parts.snapshot_copies(epoch, store))
             key = public_key_of(settings)
-            return AuditFold(epoch, partitions, key, Hand(self.audit), store, failpoints, copies)
+            return AuditFold(epoch, partitions, key, Hand(self.audit), store, failpoints, copies, log.topic)
         port = made.get("port") or made.setdefault("port", await parts.stripe())
-        return StripeFold(epoch, Hand(self.stripe), port, settings, failpoints)
+        return StripeFold(log.origin, Hand(self.stripe), port, settings, failpoints)
+
+
+def grown(former: CurrentLog, log: CurrentLog) -> str:
+    """Why a worker of the former log ends."""
+    return f"the log has grown from {former.partitions} to {log.partitions} partitions: started again, this worker folds those"
 
 
 async def nothing(stream: Any) -> None:

@@ -59,7 +59,7 @@ async def audit(works: AsyncIterable[Work]) -> None:
 class AuditFold:
     """Every record, with its raw bytes and its verdict; a partition's state only ever stands between two blocks."""
 
-    group, topic, ticks, fencing = "audit", USAGE.name, True, None
+    group, ticks, fencing = "audit", True, None
 
     def __init__(
         self,
@@ -70,8 +70,10 @@ class AuditFold:
         store: AuditStore,
         failpoints: Failpoints,
         copies: SnapshotCopies | None = None,
+        topic: str = USAGE.name,
     ) -> None:
         """`copies`: who brings sealed snapshots to ClickHouse, beside this fold."""
+        self.topic = topic
         self._epoch, self._partitions, self._public_key = epoch, partitions, public_key
         self._audit, self._store, self._fail, self._copies = audit, store, failpoints, copies
         self._cutters: dict[int, tuple[int, int, BlockCutter, list[int]]] = {}
@@ -152,7 +154,7 @@ class AuditFold:
 
     def may_tick(self, state: PartitionState) -> bool:
         """Only behind log.open."""
-        return state.directory.config is not None
+        return state.is_open
 
     def problems(self) -> dict[int, str]:
         """None: effects that are not taken hold the turn."""

@@ -101,8 +101,8 @@ class PartitionProof:
         self._next, self._chain = 0, CHAIN_START
         """Offset behind the newest block checked, and its chain hash."""
 
-    def run(self, rejudge: Rejudge | None, partitions: int) -> None:
-        """(a), and (b) where (a) is green: what is not proven is no measure for the columns."""
+    def run(self, rejudge: Rejudge | None, state: PartitionState) -> None:
+        """(a), and (b) where (a) is green: what is not proven is no measure for the columns. `state`: before the first record."""
         before = len(self._report.faults) + self._report.more_faults
         reached = self._checkpoint is None or self._checkpoint == (0, CHAIN_START)
         for page in self._pages():
@@ -118,7 +118,7 @@ class PartitionProof:
         if len(self._report.faults) + self._report.more_faults > before:
             self._report.unproven.append(f"usage_events of partition {self._partition}: its log is not proven")
             return
-        self._compare(rejudge, PartitionState(self._partition, partitions, self._epoch))
+        self._compare(rejudge, state)
 
     def _fault(self, table: str, first: int, last: int, what: str) -> None:
         self._report.add(table, self._epoch, self._partition, first, last, what)

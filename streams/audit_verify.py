@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from tollway.connectors.clickhouse import AuditStore
 from tollway.streams.audit_partition import PartitionProof, Rejudge
 from tollway.streams.audit_report import Place, Report
+from tollway.streams.state import PartitionState
 
 SETTLE_POLL_S = 0.25
 
@@ -26,19 +27,22 @@ def verify(
     settle_s: float = 10.0,
     wait: Callable[[float], None] = time.sleep,
     progress: Callable[[int, int], None] | None = None,
+    first: Callable[[Place], PartitionState | None] = lambda _: None,
 ) -> Report:
     """Prove no gap, no double and no change, or name where. Reads only; workers may go on meanwhile.
 
     Without `checkpoints` a cut tail does not show, without `rejudge` usage_events is not looked at: the report says so.
     `partitions` = the log's partition count. What lay beyond the newest manifest row when this began must be behind one
-    within `settle_s`. `progress` gets (records done, records in all). Raises Unavailable or Fatal as the store does.
+    within `settle_s`. `progress` gets (records done, records in all). `first`: what a partition was before its first record,
+    where that is not nothing. Raises Unavailable or Fatal as the store does.
     """
     report = Report()
     ends = _ends(store)
     places = sorted({place for found in ends.values() for place in found} | set(checkpoints or ()))
     total = sum(end + 1 for end in ends["audit_manifest"].values())
     for place in places:
-        PartitionProof(store, report, place, (checkpoints or {}).get(place)).run(rejudge, partitions)
+        born = first(place) or PartitionState(place[1], partitions, place[0])
+        PartitionProof(store, report, place, (checkpoints or {}).get(place)).run(rejudge, born)
         report.partitions += 1
         if progress is not None:
             progress(report.records, total)

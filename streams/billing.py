@@ -1,6 +1,6 @@
 """Billing: accepted usage → sums per account, customer, meter, price and usage window → deltas to invoice (design §5)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,7 +167,7 @@ class Billing:
         for part, before in enumerate(range(0, found.units, UNITS_MAX)):
             self._last_n[account] = n = self._last_n.get(account, 0) + 1
             yield {
-                "epoch": config.epoch,
+                "epoch": config.origin or config.epoch,
                 "account": account,
                 "n": n,
                 "deployment": config.deployment,
@@ -181,6 +181,15 @@ class Billing:
                 "units": min(UNITS_MAX, found.units - before),
                 "last_occurred_at": found.last_us,
             }
+
+    def of(self, keep: Callable[[str], bool]) -> "Billing":
+        """What it holds for some accounts; flushes, and each account's n, go on where this stands."""
+        found = Billing()
+        found._last_flush = self._last_flush
+        found._sums = {key: item for key, item in self._sums.items() if keep(key[0])}
+        found._last_n = {account: n for account, n in self._last_n.items() if keep(account)}
+        found.expired = {account: lost for account, lost in self.expired.items() if keep(account)}
+        return found
 
     def unbound(self) -> dict[str, dict[str, int]]:
         """account → meter → units that wait for a customer, or for the first flush after the bind."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import ends, epoch_of, started_producer
+from tollway.connectors.kafka import current_log, ends, epoch_of, started_producer
 from tollway.schemas.command import LogConfig
 from tollway.schemas.ids import uuid7_hex
-from tollway.schemas.topics import CHECKPOINTS, USAGE
+from tollway.schemas.topics import CHECKPOINTS, USAGE, growths
 from tollway.streams import checkpoint
 from tollway.streams.accounts import PARTS as ACCOUNTS_PARTS
 from tollway.streams.audit_fold import PARTS as AUDIT_PARTS
@@ -63,6 +63,10 @@ async def create(settings: Settings) -> dict[str, Any]:
     if settings.public_key and settings.public_key != signer.public_key:
         raise Refused("TOLLWAY_PUBLIC_KEY is not that of <data>/control.key: log.open could not be signed")
     admin = kafka_admin(settings)
+    if any(growths(await admin.partitions())):
+        await refuse_unsafe(settings)
+        log = await current_log(admin)
+        return {"created": [], "epoch": log.epoch, "partitions": log.partitions, "opened": []}
     created = await admin.create(settings.partitions, settings.replication)
     epoch = epoch_of(await admin.new_topic_id(USAGE.name))
     await refuse_unsafe(settings)

@@ -1,5 +1,6 @@
 """Commands that make the places of a deployment, and check them before anything is sent there."""
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -49,6 +50,27 @@ def topics_check(single_broker: SingleBroker = False, data: Data = None, as_json
         lambda _: print("\n".join(map(str, faults)) if faults else "topics are as they must be"),
     )
     raise typer.Exit(1 if faults else 0)
+
+
+@topics_app.command("grow")
+def topics_grow(
+    start: Annotated[int, typer.Argument(metavar="FROM", help="Partitions of the log now.")],
+    to: Annotated[int, typer.Argument(metavar="TO", help="Partitions of the log that takes over: a power of two.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Let a log of more partitions take over, under traffic; finishes what an interrupted run began."""
+    from tollway.streams.grow import grow
+
+    done = do(grow(read_settings(data), start, to, lambda line: print(line, file=sys.stderr, flush=True)))
+    say(
+        done,
+        as_json,
+        lambda _: print(
+            f"log {done['epoch']}: {done['partitions']} partitions"
+            + ("" if done["grown"] else ", as it had already; nothing to do")
+        ),
+    )
 
 
 @audit_app.command("migrate")

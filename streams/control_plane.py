@@ -7,10 +7,9 @@ from typing import Any
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import epoch_of, log_partitions, read_newest, started_producer
+from tollway.connectors.kafka import CurrentLog, current_log, read_newest, started_producer
 from tollway.schemas import codec
 from tollway.schemas.command import DEFAULT_POLICY, CommandError, check_body, parse_body
-from tollway.schemas.topics import USAGE
 from tollway.streams.bootstrap import new_command_id
 from tollway.streams.directory import Directory
 from tollway.streams.judge_command import is_command
@@ -26,29 +25,28 @@ async def append_command(settings: Settings, account: str, kind: str, body: dict
     except CommandError as error:
         raise Refused(str(error)) from error
     signer = Signer.read(settings.data / "control.key")
-    admin = kafka_admin(settings)
-    partitions = await log_partitions(admin)
+    log = await current_log(kafka_admin(settings))
     if kind == "customer.bind":
-        await _refuse_second_bind(settings, partitions, account, body["customer"])
+        await _refuse_second_bind(settings, log, account, body["customer"])
     producer = await started_producer(settings.kafka_bootstrap, settings.kafka_security())
     try:
-        return await Control(producer, signer, partitions, new_command_id).send(account, kind, body)
+        return await Control(producer, signer, log.partitions, new_command_id, topic=log.topic).send(
+            account, kind, body
+        )
     finally:
         await producer.stop()
 
 
-async def _refuse_second_bind(settings: Settings, partitions: int, account: str, customer: str) -> None:
+async def _refuse_second_bind(settings: Settings, log: CurrentLog, account: str, customer: str) -> None:
     """A Stripe customer belongs to one account: two would share its meters, and no one could tell them apart."""
-    for name, bound in (await customers(settings, partitions)).items():
+    for name, bound in (await customers(settings, log)).items():
         if bound == customer and name != account:
             raise Refused(f"customer {customer} is bound to account {name}: give each account a customer of its own")
 
 
-async def customers(settings: Settings, partitions: int) -> dict[str, str]:
+async def customers(settings: Settings, log: CurrentLog) -> dict[str, str]:
     """account → Stripe customer: of the newest checkpoints, and of the binds in the log behind them."""
-    admin = kafka_admin(settings)
-    epoch = epoch_of(await admin.topic_id(USAGE.name))
-    found = await checkpoints_of(settings, epoch, partitions, ["accounts"])
+    found = await checkpoints_of(settings, log.epoch, log.partitions, ["accounts"])
     bound: dict[str, str] = {}
     for loaded in found.values():
         accounts = Directory.load(loaded.state["directory"]).accounts
@@ -57,8 +55,8 @@ async def customers(settings: Settings, partitions: int) -> dict[str, str]:
     behind = await read_newest(
         settings.kafka_bootstrap,
         settings.kafka_security(),
-        USAGE.name,
-        range(partitions),
+        log.topic,
+        range(log.partitions),
         None,
         starts=starts,
         keep=lambda record: is_command(record.value),

@@ -14,12 +14,13 @@ from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
 from tollway.streams.demo_books import Books, Difference
 from tollway.streams.demo_service import METERS
 from tollway.streams.settings import Settings
-from tollway.streams.status import GROUP_TOPICS
 from tollway.streams.wiring import redis_client
 
 BUSY = ("acme", "cyberdyne", "globex", "hooli")
 """The accounts whose quotas are shown."""
 SHOWN_MAX = 12
+GROUP_TOPICS = {"accounts": USAGE.name, "audit": USAGE.name, "stripe": METER_EVENTS.name}
+"""Of a log that has not grown: the demo's own."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionE
 from tollway.connectors.closing import close
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.connectors.kafka import started_producer
-from tollway.schemas.topics import CHECKPOINTS, TICK_KEY, USAGE
+from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS, TICK_KEY
 from tollway.streams import checkpoint
 from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.failpoint import Failpoints
@@ -84,7 +84,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self._fatal: BaseException | None = None
         self._assigned: list[int] = []  # not loaded yet
         self._ticks = Ticks(config.tick_idle_s)
-        of_log = config.epoch.partition("-")[2] if fold.topic == USAGE.name else None
+        of_log = config.epoch.partition("-")[2] if fold.topic != METER_EVENTS.name else None
         self._log = SameLog(config.bootstrap, config.admin_security, fold.topic, of_log)
         self.consumer: AIOKafkaConsumer | None = None
         self.producer: AIOKafkaProducer | None = None

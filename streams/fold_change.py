@@ -11,8 +11,7 @@ from typing import Any
 
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import epoch_of, log_partitions, started_producer
-from tollway.schemas.topics import USAGE
+from tollway.connectors.kafka import current_log, started_producer
 from tollway.streams.bootstrap import new_command_id
 from tollway.streams.checkpoint import Checkpoint
 from tollway.streams.directory import Directory
@@ -32,16 +31,19 @@ async def fold_versions(settings: Settings) -> dict[str, Any]:
     A row: `version` in effect, `changes` (version → time in s) that the log has told, `worker` = newest version that the worker
     knows which wrote the checkpoint. Raises Refused where a checkpoint is missing.
     """
-    admin = kafka_admin(settings)
-    partitions = await log_partitions(admin)
-    epoch = epoch_of(await admin.topic_id(USAGE.name))
-    found = await checkpoints_of(settings, epoch, partitions, list(GROUPS))
-    places = [(group, number) for group in GROUPS for number in range(partitions)]
+    log = await current_log(kafka_admin(settings))
+    found = await checkpoints_of(settings, log.epoch, log.partitions, list(GROUPS))
+    places = [(group, number) for group in GROUPS for number in range(log.partitions)]
     if missing := [place for place in places if place not in found]:
         raise Refused(
             f"{_named(missing)}: no checkpoint; run `tollway topics create`, or `tollway rebuild checkpoints`"
         )
-    return {"epoch": epoch, "known": FOLD_VERSION, "partitions": [_row(place, found[place]) for place in places]}
+    return {
+        "epoch": log.epoch,
+        "topic": log.topic,
+        "known": FOLD_VERSION,
+        "partitions": [_row(place, found[place]) for place in places],
+    }
 
 
 def _row(place: tuple[str, int], found: Checkpoint) -> dict[str, Any]:
@@ -93,7 +95,7 @@ async def change_fold(settings: Settings, version: int, in_s: int) -> dict[str, 
     partitions = len(shown["partitions"]) // len(GROUPS)
     producer = await started_producer(settings.kafka_bootstrap, settings.kafka_security())
     try:
-        control = Control(producer, signer, partitions, new_command_id)
+        control = Control(producer, signer, partitions, new_command_id, topic=shown["topic"])
         offsets = await control.broadcast("fold.change", {"version": version, "at_s": at_s}, command_id)
     finally:
         await producer.stop()

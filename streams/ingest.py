@@ -18,11 +18,10 @@ from tollway.connectors.errors import Refused, Unavailable
 from tollway.connectors.identity import Bearer
 from tollway.connectors.ingest import Ingest
 from tollway.connectors.jwks import Jwks
-from tollway.connectors.kafka import log_partitions, started_producer
+from tollway.connectors.kafka import CurrentLog, current_log, started_producer
 from tollway.connectors.principal import bound_by
 from tollway.connectors.stripe_webhook import PATH, StripeWebhook
 from tollway.schemas.lane import lane, partition
-from tollway.schemas.topics import USAGE
 from tollway.streams.accounts_look import accounts_of
 from tollway.streams.bootstrap import new_command_id
 from tollway.streams.settings import Settings
@@ -40,14 +39,14 @@ CUSTOMERS_S = 30.0
 class KafkaLog:
     """Usage to its account's partition."""
 
-    def __init__(self, producer: AIOKafkaProducer, partitions: int) -> None:
-        self._producer, self._partitions = producer, partitions
+    def __init__(self, producer: AIOKafkaProducer, log: CurrentLog) -> None:
+        self._producer, self._log = producer, log
 
     async def append(self, account: str, value: bytes) -> None:
         """Returns once the broker has it. Raises Unavailable."""
-        home = partition(lane(account), self._partitions)
+        home = partition(lane(account), self._log.partitions)
         try:
-            await self._producer.send_and_wait(USAGE.name, value, key=account.encode(), partition=home)
+            await self._producer.send_and_wait(self._log.topic, value, key=account.encode(), partition=home)
         except KafkaError as error:
             raise Unavailable(f"Kafka has not taken it: {error}") from error
 
@@ -79,7 +78,7 @@ async def ingest_of(settings: Settings) -> AsyncIterator[Ingest]:
             raise Refused(f"TOLLWAY_INGEST_{name.upper()} is empty: who may record usage would not be known")
     secret = settings.stripe_webhook_secret.get_secret_value()
     signer = Signer.read(settings.data / "control.key") if secret else None
-    partitions = await log_partitions(kafka_admin(settings))
+    log = await current_log(kafka_admin(settings))
     redis = redis_client(settings)
     producer = await started_producer(settings.kafka_bootstrap, settings.kafka_security(), linger_ms=2)
     try:
@@ -90,9 +89,9 @@ async def ingest_of(settings: Settings) -> AsyncIterator[Ingest]:
             directory=bound_by(Bindings(redis)),
         )
         attributes = frozenset(name.strip() for name in settings.ingest_attributes.split(",") if name.strip())
-        ingest = Ingest(KafkaLog(producer, partitions), identity, attributes)
+        ingest = Ingest(KafkaLog(producer, log), identity, attributes)
         if signer is not None:
-            control = Control(producer, signer, partitions, new_command_id)
+            control = Control(producer, signer, log.partitions, new_command_id, topic=log.topic)
             ingest.webhooks[PATH] = StripeWebhook(secret, control, Customers(settings).account_of)
         yield ingest
     finally:

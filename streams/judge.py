@@ -170,7 +170,7 @@ def _admit(state: PartitionState, batch: Batch, times: npt.NDArray[np.int64]) ->
     _refuse(
         refused, misrouted, "misrouted", lambda at: f"key {records.keys[int(row[at])]!r} in partition {batch.partition}"
     )
-    if state.directory.config is None:
+    if not state.is_open:
         _refuse(refused, np.ones(len(row), np.bool_), "not_open", lambda _: "it stands before log.open")
     for at, found in faults.items():
         if found:

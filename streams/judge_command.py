@@ -8,6 +8,7 @@ from tollway.schemas.command import (
     HEADER_SIGNATURE,
     SIGNED_WITHIN_S,
     CommandError,
+    LogConfig,
     check_body,
     parse_body,
 )
@@ -61,8 +62,8 @@ def _checked_command(state: PartitionState, records: Records) -> dict[str, Any]:
     headers = dict(records.headers[0])
     kid = (headers.get(HEADER_KEY) or b"").decode("ascii", "replace")  # a header may be null
     signature = headers.get(HEADER_SIGNATURE) or b""
-    opening = command["kind"] == "log.open" and state.directory.config is None
-    if not opening and state.directory.config is None:
+    opening = command["kind"] == "log.open" and not state.is_open
+    if not opening and not state.is_open:
         raise _CommandRefused("not_open", "it stands before log.open")
     if opening:
         _check_opening(state, command, signature, value)
@@ -94,5 +95,14 @@ def _check_opening(state: PartitionState, command: dict[str, Any], signature: by
         raise _CommandRefused("bad_command", str(error)) from error
     if not verified(body["public_key"], signature, value):
         raise _CommandRefused("bad_signature", "log.open is not signed by the key that it names")
+    if state.directory.config is not None and (fault := _moved(state.directory.config, body)):
+        raise _CommandRefused("bad_command", fault)
     if body["epoch"] != state.epoch:
         raise _CommandRefused("bad_command", f"log.open is of epoch {body['epoch']!r}, this log of {state.epoch!r}")
+
+
+def _moved(before: LogConfig, body: dict[str, Any]) -> str | None:
+    """Why a grown log cannot be opened so: its configuration is that of the log it has grown from."""
+    wanted = {**before.body(), "epoch": body["epoch"], "origin": before.origin or before.epoch}
+    wrong = [name for name, value in LogConfig(**body).body().items() if wanted[name] != value]
+    return f"{wrong[0]} is {body.get(wrong[0])!r}, in the log it has grown from {wanted[wrong[0]]!r}" if wrong else None

@@ -9,7 +9,6 @@ from aiokafka.errors import KafkaError
 
 from tollway.connectors.clickhouse import AuditStore
 from tollway.connectors.errors import Refused, Unavailable
-from tollway.schemas.topics import USAGE
 from tollway.streams.audit import LOG_SCHEMA, records_of
 from tollway.streams.refold import Row
 
@@ -23,16 +22,18 @@ ORDER BY kafka_offset
 """
 
 
-async def bounds(bootstrap: str, security: dict[str, Any], partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+async def bounds(
+    bootstrap: str, security: dict[str, Any], topic: str, partitions: Sequence[int]
+) -> dict[int, tuple[int, int]]:
     """partition → (first offset that Kafka has, offset behind the last). Raises Unavailable."""
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, **security)
-    places = [TopicPartition(USAGE.name, number) for number in partitions]
+    places = [TopicPartition(topic, number) for number in partitions]
     try:
         await consumer.start()
         begins, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
         return {place.partition: (begins[place], ends[place]) for place in places}
     except KafkaError as error:
-        raise Unavailable(f"no offsets of {USAGE.name}: {error}") from error
+        raise Unavailable(f"no offsets of {topic}: {error}") from error
     finally:
         await consumer.stop()
 
@@ -41,16 +42,19 @@ async def log_pages(
     bootstrap: str,
     security: dict[str, Any],
     store: AuditStore,
-    epoch: str,
+    log: tuple[str, str],
     partition: int,
     start: int,
     kafka: tuple[int, int],
 ) -> AsyncIterator[Sequence[Row]]:
-    """Records from `start` to the end that `kafka` names (see `bounds`). Raises Refused where the copy has a gap."""
-    first, end = kafka
+    """Records from `start` to the end that `kafka` names (see `bounds`). Raises Refused where the copy has a gap.
+
+    `log`: its topic and its epoch.
+    """
+    (topic, epoch), (first, end) = log, kafka
     async for page in _stored(store, epoch, partition, start, min(first, end)):
         yield page
-    async for page in _kept(bootstrap, security, partition, max(start, first), end):
+    async for page in _kept(bootstrap, security, topic, partition, max(start, first), end):
         yield page
 
 
@@ -70,11 +74,11 @@ async def _stored(store: AuditStore, epoch: str, partition: int, start: int, end
 
 
 async def _kept(
-    bootstrap: str, security: dict[str, Any], partition: int, start: int, end: int
+    bootstrap: str, security: dict[str, Any], topic: str, partition: int, start: int, end: int
 ) -> AsyncIterator[list[Row]]:
     if start >= end:
         return
-    place = TopicPartition(USAGE.name, partition)
+    place = TopicPartition(topic, partition)
     consumer = AIOKafkaConsumer(
         bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none", **security
     )
@@ -95,6 +99,6 @@ async def _kept(
                 start = page[-1].offset + 1
                 yield page
     except KafkaError as error:
-        raise Unavailable(f"{USAGE.name} cannot be read: {error}") from error
+        raise Unavailable(f"{topic} cannot be read: {error}") from error
     finally:
         await consumer.stop()

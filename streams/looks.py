@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import log_partitions, read_newest
+from tollway.connectors.kafka import current_log, log_partitions, read_newest
 from tollway.connectors.meter_events import meter_events_since
 from tollway.connectors.redis import read_quota
 from tollway.schemas import codec
@@ -31,8 +31,7 @@ async def quota_of(settings: Settings, account: str) -> dict[str, Any]:
 
 async def letters_of(settings: Settings) -> list[dict[str, Any]]:
     """Every dead letter that the topic holds, oldest first; a re-sent one counts once."""
-    admin = kafka_admin(settings)
-    partitions = await log_partitions(admin)
+    partitions = await log_partitions(kafka_admin(settings))
     found = await read_newest(
         settings.kafka_bootstrap, settings.kafka_security(), DEAD_LETTERS.name, range(partitions), None
     )
@@ -66,8 +65,7 @@ async def dead_letter_at(settings: Settings, number: int, offset: int) -> dict[s
 async def meter_events_of(settings: Settings, account: str) -> dict[str, Any]:
     """Ours beside Stripe's: units by customer, meter and hour of usage."""
     check_account(account)
-    admin = kafka_admin(settings)
-    home = partition(lane(account), await log_partitions(admin))
+    home = partition(lane(account), (await current_log(kafka_admin(settings))).billing_partitions)
     found = await meter_events_since(settings.kafka_bootstrap, settings.kafka_security(), home, account, 0)
     by_n = {event["n"]: event for event in found}
     events = [by_n[n] for n in sorted(by_n)]

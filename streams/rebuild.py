@@ -12,9 +12,9 @@ from typing import Any
 
 from tollway.connectors.errors import Refused
 from tollway.connectors.group import refuse_members
-from tollway.connectors.kafka import epoch_of, log_partitions, started_producer
+from tollway.connectors.kafka import CurrentLog, current_log, started_producer
 from tollway.connectors.snapshots import SnapshotStore
-from tollway.schemas.topics import CHECKPOINTS, USAGE
+from tollway.schemas.topics import CHECKPOINTS
 from tollway.streams import checkpoint
 from tollway.streams.bootstrap import first_states
 from tollway.streams.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from tollway.streams.seal import GROUPS, Seal, canonical
 from tollway.streams.seal_sources import SealSources
 from tollway.streams.settings import Settings
 from tollway.streams.state import FOLD_VERSION, PartitionState
-from tollway.streams.status import checkpoints_of
+from tollway.streams.status import all_checkpoints
 from tollway.streams.wiring import audit_store, kafka_admin
 from tollway.streams.worker import public_key_of
 
@@ -53,9 +53,8 @@ async def rebuild(
     Raises Refused where workers run, where a hash is another one (naming partition, boundary and both), or where the log has
     a gap; with `dry_run` nothing is written and what differs is in the answer.
     """
-    admin = kafka_admin(settings)
-    count = await log_partitions(admin)
-    epoch = epoch_of(await admin.topic_id(USAGE.name))
+    log = await current_log(kafka_admin(settings))
+    count = log.partitions
     numbers = sorted(set(partitions)) if partitions else list(range(count))
     if numbers[0] < 0 or numbers[-1] >= count:
         raise Refused(f"--partition is {numbers[-1]}: this log has partitions 0 to {count - 1}")
@@ -65,8 +64,8 @@ async def rebuild(
         await refuse_members(settings.kafka_bootstrap, settings.admin_security(), touched, wait_s)
     store = audit_store(settings)
     try:
-        run = Rebuild(settings, epoch, count, SnapshotStore(store), progress, dry_run=dry_run)
-        run.folds = folds(epoch, count, public_key_of(settings), store)
+        run = Rebuild(settings, log, SnapshotStore(store), progress, dry_run=dry_run)
+        run.folds = folds(log.epoch, count, public_key_of(settings), store)
         run.store = store
         await run.prepare(numbers)
         if what == "redis":
@@ -80,12 +79,12 @@ class Rebuild:
     """One run over some partitions of a log."""
 
     def __init__(
-        self, settings: Settings, epoch: str, count: int, snapshots: SnapshotStore, progress: Progress, *, dry_run: bool
+        self, settings: Settings, log: CurrentLog, snapshots: SnapshotStore, progress: Progress, *, dry_run: bool
     ) -> None:
-        self._settings, self._epoch, self._count = settings, epoch, count
+        self._settings, self._log, self._epoch, self._count = settings, log, log.epoch, log.partitions
         self._progress, self._dry_run = progress, dry_run
         self._kafka = settings.kafka_bootstrap, settings.kafka_security()
-        self._sources = SealSources(*self._kafka, snapshots, epoch)
+        self._sources = SealSources(*self._kafka, snapshots, log.epoch)
         self._bounds: dict[int, tuple[int, int]] = {}
         self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
         self.folds: Any = {}
@@ -93,8 +92,8 @@ class Rebuild:
 
     async def prepare(self, numbers: Sequence[int]) -> None:
         """What stands where. The log's ends come last: workers go on in a dry run, and no checkpoint may lie behind them."""
-        self._checkpoints = await checkpoints_of(self._settings, self._epoch, self._count, [*GROUPS, "stripe"])
-        self._bounds = await bounds(*self._kafka, numbers)
+        self._checkpoints = await all_checkpoints(self._settings, self._log)
+        self._bounds = await bounds(*self._kafka, self._log.topic, numbers)
 
     async def checkpoints(self, numbers: Sequence[int], groups: Sequence[str], start: str | None) -> dict[str, Any]:
         """Prove, then replace what is missing or differs."""
@@ -111,7 +110,13 @@ class Rebuild:
                 outcomes.append(outcome)
                 if not self._dry_run:
                     await self._replace(outcome, state, known)
-            if not self._dry_run and "audit" in groups and ("stripe", number) not in self._checkpoints:
+            lost = number < self._log.billing_partitions and ("stripe", number) not in self._checkpoints
+            if not self._dry_run and "audit" in groups and lost:
+                if self._log.growth:
+                    raise Refused(
+                        f"group stripe has no checkpoint of partition {number}, and the log has grown since: restore it from a "
+                        "copy of tollway.checkpoints"
+                    )
                 assert billing is not None
                 outcomes[-1].wrote += await self._restore_sender(number, billing)
         return self._answer(outcomes)
@@ -150,6 +155,7 @@ class Rebuild:
     ) -> tuple[Outcome, PartitionState]:
         """Fold from the chosen snapshot to the target, compared at every boundary between. No further than the first fault."""
         begin = chosen(seals, target, start, number)
+        begin = begin or self._birth(group, number, seals)
         dump = (
             (await self._sources.whole(begin)).state if begin else first_states(self._epoch, number, self._count)[group]
         )
@@ -174,10 +180,18 @@ class Rebuild:
         outcome.end_offset = state.next_offset
         return outcome, state
 
+    def _birth(self, group: str, number: int, seals: list[Seal]) -> Seal | None:
+        """Where a log that has grown from another begins; None for a first one."""
+        if not self._log.growth:
+            return None
+        if seals and not seals[0].next_offset:
+            return seals[0]
+        raise Refused(f"group {group}, partition {number}: the state it was born with is lost: restore `snapshots`")
+
     def _pages(self, number: int, start: int, target: int) -> AsyncIterator[Sequence[Row]]:
         first, end = self._bounds[number]
         upto = first, min(end, target + 1)  # the record behind the target closes the block that ends there
-        return log_pages(*self._kafka, self.store, self._epoch, number, start, upto)
+        return log_pages(*self._kafka, self.store, (self._log.topic, self._epoch), number, start, upto)
 
     async def _told(
         self, group: str, number: int, target: int, pages: AsyncIterator[Sequence[Row]]

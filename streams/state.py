@@ -36,6 +36,12 @@ class PartitionState:
         """Length of a step; 5 s until `log.open` says otherwise."""
         return self.directory.config.step_s if self.directory.config else 5
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this log's own `log.open` is folded: what stands before it counts nowhere."""
+        config = self.directory.config
+        return config is not None and config.epoch == self.epoch
+
     def step_of(self, log_time_ms: int) -> int:
         """Step of a log time."""
         return log_time_ms // (self.step_s * 1000)

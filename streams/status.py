@@ -3,14 +3,12 @@
 import time
 from typing import Any
 
-from tollway.connectors.kafka import ends, epoch_of, log_partitions
-from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
+from tollway.connectors.kafka import CurrentLog, current_log, ends
+from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS
 from tollway.streams.checkpoint import Checkpoint
 from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.settings import Settings
 from tollway.streams.wiring import kafka_admin
-
-GROUP_TOPICS = {"accounts": USAGE.name, "audit": USAGE.name, "stripe": METER_EVENTS.name}
 
 
 async def checkpoints_of(
@@ -24,24 +22,31 @@ async def checkpoints_of(
     return newest.found
 
 
+async def all_checkpoints(settings: Settings, log: CurrentLog) -> dict[tuple[str, int], Checkpoint]:
+    """Those of all three groups: the sender's stay with the first log."""
+    found = await checkpoints_of(settings, log.epoch, log.partitions, ["accounts", "audit"])
+    return found | await checkpoints_of(settings, log.origin, log.billing_partitions, ["stripe"])
+
+
 async def status(settings: Settings) -> dict[str, Any]:
     """One object: `groups` with a row a partition, totals a group, and dead letters. Times in ms, ages in seconds."""
-    admin = kafka_admin(settings)
-    partitions = await log_partitions(admin)
-    epoch = epoch_of(await admin.topic_id(USAGE.name))
-    security = settings.kafka_security()
-    topic_ends = {
-        topic: await ends(settings.kafka_bootstrap, security, topic, range(partitions))
-        for topic in (USAGE.name, METER_EVENTS.name, DEAD_LETTERS.name)
-    }
-    found = await checkpoints_of(settings, epoch, partitions, list(GROUP_TOPICS))
+    log = await current_log(kafka_admin(settings))
+    where = settings.kafka_bootstrap, settings.kafka_security()
+    log_ends = await ends(*where, log.topic, range(log.partitions))
+    bill_ends = await ends(*where, METER_EVENTS.name, range(log.billing_partitions))
+    letters = await ends(*where, DEAD_LETTERS.name, range(log.partitions))
+    found = await all_checkpoints(settings, log)
     now_ms = time.time_ns() // 1_000_000
     groups = {
-        group: _group([_row(found.get((group, n)), n, topic_ends[topic][n], now_ms) for n in range(partitions)])
-        for group, topic in GROUP_TOPICS.items()
+        group: _group([_row(found.get((group, n)), n, end, now_ms) for n, end in sorted(group_ends.items())])
+        for group, group_ends in (("accounts", log_ends), ("audit", log_ends), ("stripe", bill_ends))
     }
-    letters = sum(topic_ends[DEAD_LETTERS.name].values())
-    return {"epoch": epoch, "partitions": partitions, "groups": groups, "dead_letters": letters}
+    return {
+        "epoch": log.epoch,
+        "partitions": log.partitions,
+        "groups": groups,
+        "dead_letters": sum(letters.values()),
+    }
 
 
 def _row(found: Checkpoint | None, number: int, end: int, now_ms: int) -> dict[str, Any]:

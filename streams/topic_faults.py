@@ -7,7 +7,7 @@ from typing import Any
 from tollway.connectors.errors import Refused
 from tollway.connectors.kafka import MIN_ISR, REPLICATION_MIN, Placed
 from tollway.schemas.lane import LANES
-from tollway.schemas.topics import TOPICS, USAGE, Topic
+from tollway.schemas.topics import USAGE, Topic, growths, log_topic, topics_of
 from tollway.streams.settings import Settings
 from tollway.streams.wiring import kafka_admin
 
@@ -63,8 +63,14 @@ def setting_faults(topic: Topic, actual: Mapping[str, str | None], *, single_bro
     return faults
 
 
+def log_of(present: Iterable[str]) -> tuple[Topic, ...]:
+    """The table, with the log's topic under the name that it has after its latest growth step."""
+    return topics_of(log_topic(next(iter(growths(present)), 0)))
+
+
 def placement_faults(present: Mapping[str, Placed], *, single_broker: bool) -> list[TopicFault]:
     """Topics that are missing, in the wrong number of partitions, or in too few copies."""
+    topics = log_of(present)
     faults = [
         TopicFault(
             topic.name,
@@ -73,11 +79,12 @@ def placement_faults(present: Mapping[str, Placed], *, single_broker: bool) -> l
             "the log is all of its topics",
             "run `tollway topics create`, or allow this user Describe on it",
         )
-        for topic in TOPICS
+        for topic in topics
         if topic.name not in present
     ]
-    there = {topic.name: present[topic.name] for topic in TOPICS if topic.name in present}
-    count = there[USAGE.name].partitions if USAGE.name in there else None
+    there = {topic.name: present[topic.name] for topic in topics if topic.name in present}
+    usage = topics[0].name
+    count = there[usage].partitions if usage in there else None
     for name, placed in there.items():
         found = placed.partitions
         if not 0 < found <= LANES or found & (found - 1):
@@ -87,8 +94,8 @@ def placement_faults(present: Mapping[str, Placed], *, single_broker: bool) -> l
                 "create the log anew with another count",
             )
             faults.append(TopicFault(name, "partitions", what, why, cure))
-        elif count is not None and found != count:
-            what = f"it has {found} partitions, must be {count} like {USAGE.name}"
+        elif count is not None and found != count and usage == USAGE.name:  # a grown one: `kafka.current_log`
+            what = f"it has {found} partitions, must be {count} like {usage}"
             faults.append(
                 TopicFault(name, "partitions", what, "partition n of each topic is one state", "create it anew")
             )
@@ -106,7 +113,7 @@ async def topics_faults(settings: Settings) -> list[TopicFault]:
     single_broker = settings.replication == 1
     present = await admin.topics()
     faults = placement_faults(present, single_broker=single_broker)
-    for topic in TOPICS:
+    for topic in log_of(present):
         if topic.name in present:
             actual = await admin.settings_of(topic.name)
             faults += setting_faults(topic, actual, single_broker=single_broker)

@@ -13,13 +13,11 @@ from aiohttp import web
 
 from tollway.connectors.control import Signer
 from tollway.connectors.errors import Refused
-from tollway.connectors.kafka import epoch_of, log_partitions
-from tollway.schemas.topics import USAGE
+from tollway.connectors.kafka import CurrentLog
 from tollway.streams.engine import EngineConfig
 from tollway.streams.schema_registry import refuse_other_schemas
 from tollway.streams.settings import Settings
 from tollway.streams.topic_faults import refuse_unsafe
-from tollway.streams.wiring import kafka_admin
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +72,14 @@ def public_key_of(settings: Settings) -> str:
     return Signer.read(settings.data / "control.key").public_key
 
 
-async def engine_config(settings: Settings, replica: Replica) -> EngineConfig:
-    """What an engine is told, with the log's epoch and partitions as the broker has them."""
-    admin = kafka_admin(settings)
-    partitions = await log_partitions(admin)
+async def engine_config(settings: Settings, replica: Replica, log: CurrentLog, group: str) -> EngineConfig:
+    """What a group's engine is told. The sender's topic and epoch are those of the first log."""
+    epoch, partitions = (log.origin, log.billing_partitions) if group == "stripe" else (log.epoch, log.partitions)
     await refuse_unsafe(settings)
     await refuse_other_schemas(settings)
     return EngineConfig(
         bootstrap=settings.kafka_bootstrap,
-        epoch=epoch_of(await admin.topic_id(USAGE.name)),
+        epoch=epoch,
         partitions=partitions,
         instance_id=replica.name,
         security=settings.kafka_security(),

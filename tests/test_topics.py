@@ -1,6 +1,7 @@
 """Unsafe topics are refused on a real broker: each setting is made unsafe by an admin client and named with reason and cure."""
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -278,3 +279,19 @@ def test_placement_is_judged_topic_by_topic() -> None:
     for count in (0, 3, 512):
         wrong = placement_faults({**well, USAGE.name: Placed(count, 3)}, single_broker=False)
         assert (wrong[0].topic, wrong[0].setting) == (USAGE.name, "partitions")
+
+
+def test_a_client_that_is_let_go_of_leaves_no_thread() -> None:
+    """Who waits for a Kafka that is away asks with a new client each time: each ends with its last mention, uncollected."""
+    tasks = Path("/proc/self/task")
+    gc.disable()  # a worker collects seldom
+    try:
+        asked = Admin("127.0.0.1:1", timeout_s=0.1)
+        alone = len(list(tasks.iterdir()))
+        for _ in range(5):
+            asked = Admin("127.0.0.1:1", timeout_s=0.1)
+            asked.client.poll(0)
+        assert len(list(tasks.iterdir())) <= alone + 2
+        del asked
+    finally:
+        gc.enable()
