@@ -34,7 +34,15 @@ def begun_before(journals: Path, name: str, life: int, thread: int) -> int:
     return last + 1
 
 
-def calls(emitter: Emitter, journal: JournalFile, plan: Any, thread: int, per_s: float, stop: threading.Event) -> None:
+def calls(
+    emitter: Emitter,
+    journal: JournalFile,
+    plan: Any,
+    thread: int,
+    per_s: float,
+    stop: threading.Event,
+    more: dict[str, Any],
+) -> None:
     """One thread: make the calls of its plan at a mean rate, unevenly."""
     random, due = Random(thread), time.monotonic()
     for call in plan:
@@ -43,7 +51,7 @@ def calls(emitter: Emitter, journal: JournalFile, plan: Any, thread: int, per_s:
         due += random.expovariate(per_s)
         while (rest := due - time.monotonic()) > 0 and not stop.wait(min(rest, PAUSE_MAX_S)):
             pass
-        fields, tag = emitted_fields(call, time.time_ns() // 1000), call["trace_id"]
+        fields, tag = {**emitted_fields(call, time.time_ns() // 1000), **more}, call["trace_id"]
         journal.line(b=tag, t=thread, e=fields)
         try:
             emitted = emitter.emit(**fields)
@@ -70,7 +78,7 @@ async def run(arguments: argparse.Namespace, made: World) -> dict[str, Any]:
         plan = traffic(made, arguments.seed, writer, turn, arguments.events, arguments.writers)
         for _ in range(begun_before(arguments.journals, arguments.name, arguments.life, thread)):
             next(plan, None)
-        work = (emitter, journal, plan, thread, arguments.rate / arguments.threads, stop)
+        work = (emitter, journal, plan, thread, arguments.rate / arguments.threads, stop, arguments.more)
         threads.append(threading.Thread(target=calls, args=work, name=writer))
     for each in threads:
         each.start()
@@ -90,6 +98,7 @@ def main() -> int:
     parser.add_argument("--accounts", type=int, default=220)
     parser.add_argument("--principals", type=int, default=10, help="principals an account")
     parser.add_argument("--rate", type=float, default=300.0, help="calls a second, all threads together")
+    parser.add_argument("--more", type=json.loads, default={}, help="fields of every call, as JSON")
     parser.add_argument("--flush-s", type=float, default=60.0)
     arguments = parser.parse_args()
     made = world(arguments.seed, arguments.accounts, arguments.principals)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.oracle_book import DUPLICATE, Book, Row, Total, scopes_of, window_end, window_start
+from tests.oracle_book import BILLED, DUPLICATE, GROWN, Book, Row, Total, scopes_of, window_end, window_start
 from tests.oracle_fold import Oracle
 from tests.oracle_journal import Journal, check_journals, read_journals
 from tests.oracle_log import Log
@@ -203,7 +203,7 @@ def _bill_minutes(book: Book, events: Events, into: dict[tuple[str, str, int], i
     """From the accepted rows alone: no flush, no delta, no identifier."""
     for row, event in events:
         customer = row.customer or book.bound.get(event["account"])
-        if event["status"] != "ok" or event["rail"] is not None or customer is None:
+        if event["status"] not in BILLED[row.version] or event["rail"] is not None or customer is None:
             continue
         for meter, units in event["quantities"].items():
             name = book.meters.get(meter)
@@ -266,6 +266,7 @@ class Court:
         self.endpoints, self.journals = endpoints, journals
         bootstrap = endpoints["kafka_bootstrap"]
         self.log = Log(bootstrap, "usage.events", gapless=True)
+        self.logs = [self.log]
         self.letters, self.events = Log(bootstrap, "dead.letters"), Log(bootstrap, "billing.meter_events", gapless=True)
         self.oracle = Oracle(self.log.partitions)
         self.original: dict[tuple[int, int], bytes | None] = {}
@@ -276,9 +277,18 @@ class Court:
     def book(self) -> Book:
         return self.oracle.book
 
+    def grown(self) -> None:
+        """The log has grown: read the old one to its end, and from here on the new one too."""
+        self.follow()
+        growth, bootstrap = len(self.logs), self.endpoints["kafka_bootstrap"]
+        self.logs.append(Log(bootstrap, f"usage.events.{growth}", gapless=True, base=growth * GROWN))
+        self.oracle.grow(self.logs[-1].partitions)
+        self.letters.close()  # it has more partitions now
+        self.letters, self.letter_records = Log(bootstrap, "dead.letters"), []
+
     def follow(self) -> list[Any]:
         """Fold what has been appended; returns those records."""
-        records = self.log.read()
+        records = [record for log in self.logs for record in log.read()]
         self.oracle.feed(records)
         dead = self.book.dead
         self.original.update({(r.partition, r.offset): r.value for r in records if (r.partition, r.offset) in dead})
@@ -289,7 +299,7 @@ class Court:
         self.letter_records += self.letters.read()
         self.event_records += self.events.read()
         totals, wrong = redis_totals(self.endpoints["redis_url"])
-        dead, wrong_letters = dead_letters(self.letter_records, self.book.config["epoch"])
+        dead, wrong_letters = dead_letters(self.letter_records, self.book.epochs)
         events, wrong_events = meter_events(self.event_records)
         return Actual(
             redis=totals,
@@ -330,7 +340,7 @@ class Court:
         return judge(self.book, read_journals(self.journals), actual, self.original)
 
     def close(self) -> None:
-        for log in (self.log, self.letters, self.events):
+        for log in (*self.logs, self.letters, self.events):
             log.close()
         self.clickhouse.close()
 

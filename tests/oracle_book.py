@@ -45,11 +45,19 @@ class Row:
     counted_us: int
     customer: str | None
     """Bound at its offset; None = not yet."""
+    version: int = 1
+    """Of the fold, at its step."""
 
     @property
     def event(self) -> dict[str, Any]:
         """Decoded anew at each call."""
         return decode(self.record.value or b"")
+
+
+GROWN = 1_000
+"""Partition p of the log after its g-th growth step is g · GROWN + p here: each log has offsets of its own."""
+BILLED = {1: ("ok",), 2: ("ok", "error")}
+"""Fold version → statuses that bill. Version 2 is that of the build that `tests.builds` makes."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Book:
     """account → the first customer it was bound to."""
     meters: dict[str, str | None] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    epochs: set[str] = field(default_factory=set)
 
     def verdict(self, partition: int, offset: int) -> str | None:
         """What became of one record: accepted, duplicate, a dead letter's reason, tick; None = not in the log."""

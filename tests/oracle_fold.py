@@ -1,6 +1,7 @@
 """What the log says: one record at a time, one partition at a time, in dictionaries. Design §2 to §5, read again from the text."""
 
 import json
+from copy import deepcopy
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -8,8 +9,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tests.oracle_book import (
     ACCEPTED,
+    BILLED,
     DAY,
     DUPLICATE,
+    GROWN,
     HOLES_MAX,
     HOUR,
     KEEP_S,
@@ -78,6 +81,27 @@ class Partition:
         """account, customer or "", meter, price_ref or "", window start → [units, largest occurred]."""
         self.last_flush = -1
         self.step_s = 0
+        self.version = 1
+        self.changes: dict[int, int] = {}
+        """fold version → time from whose step on it counts."""
+
+    def child(self, number: int, partitions: int) -> "Partition":
+        """What one partition of the next log begins with: the accounts whose lanes go there, and what concerns all of them."""
+        found = Partition(number, partitions, self.book)
+
+        def mine(account: str) -> bool:
+            return lane(account) % partitions == number % GROWN
+
+        for name in ("log_time_ms", "last_flush", "step_s", "version"):
+            setattr(found, name, getattr(self, name))
+        for name in ("keys", "meters", "prices", "commands", "event_ids", "changes"):
+            setattr(found, name, getattr(self, name).copy())
+        found.accounts = {name: deepcopy(account) for name, account in self.accounts.items() if mine(name)}
+        found.open = {key: list(sums) for key, sums in self.open.items() if mine(key[0])}
+        found.sequences = {
+            pair: deepcopy(seen) for pair, seen in self.sequences.items() if pair[1] % partitions == number % GROWN
+        }
+        return found
 
     def feed(self, record: Record) -> None:
         self.log_time_ms = self.book.log_time_ms[self.number] = max(self.log_time_ms, record.append_ms)
@@ -103,6 +127,7 @@ class Partition:
         step_s = self.log_time_ms // (self.config["step_s"] * 1000) * self.config["step_s"]
         if step_s != self.step_s:
             self.step_s = step_s
+            self.version = max([self.version, *(each for each, at_s in self.changes.items() if at_s <= step_s)])
             self._flush((step_s - self.config["billing_grace_s"]) // self.config["billing_window_s"])
 
     def _judge(self, record: Record) -> str:
@@ -111,7 +136,7 @@ class Partition:
         number, content = unframe(record.value)
         key = (record.key or b"").decode("utf-8", "replace")
         broadcast = number == COMMAND_ID and content["account"] == "*"
-        if key != content["account"] or (not broadcast and lane(key) % self.partitions != record.partition):
+        if key != content["account"] or (not broadcast and lane(key) % self.partitions != record.partition % GROWN):
             raise Refused("misrouted")
         if not self.config and not (number == COMMAND_ID and content["kind"] == "log.open"):
             raise Refused("not_open")
@@ -152,12 +177,15 @@ class Partition:
     def _apply(self, kind: str, account: str, body: dict[str, Any]) -> None:
         if kind == "log.open" and not self.config:
             self.config = self.book.config = body
+            self.book.epochs.add(body["epoch"])
             self.keys[body["kid"]] = body["public_key"]
             self._step()
         elif kind == "key.add":
             self.keys[body["kid"]] = body["public_key"]
         elif kind == "meter.add":
             self.meters[body["meter"]] = self.book.meters[body["meter"]] = body.get("event_name")
+        elif kind == "fold.change":
+            self.changes[body["version"]] = body["at_s"]
         elif kind == "price.add":
             self.prices.setdefault(body["price_ref"], body)
         elif kind == "account.open":
@@ -192,7 +220,7 @@ class Partition:
             return verdict
         billed_us = append_us if event["occurred_at"] > append_us + 60 * 10**6 else event["occurred_at"]
         counted_us = event["occurred_at"] if event["hold"] is not None else max(billed_us, append_us - HOUR * 10**6)
-        row = Row(record, str(event["trace_id"]), billed_us, counted_us, account.customer)
+        row = Row(record, str(event["trace_id"]), billed_us, counted_us, account.customer, self.version)
         self.book.rows.append(row)
         self.book.principals.add((event["account"], event["principal"]))
         self.book.late += event["occurred_at"] < append_us - 60 * 10**6
@@ -240,7 +268,7 @@ class Partition:
             self.book.used[total] += event["quantities"][total[2]]
 
     def _bill(self, row: Row, event: dict[str, Any]) -> None:
-        if event["status"] != "ok" or event["rail"] is not None:
+        if event["status"] not in BILLED[row.version] or event["rail"] is not None:
             return
         window_s = self.config["billing_window_s"]
         start = row.billed_us // 10**6 // window_s * window_s
@@ -288,6 +316,7 @@ def _body_is_good(kind: str, body: dict[str, Any]) -> bool:
         "log.open": ("epoch", "deployment", "kid", "public_key"),
         "key.add": ("kid", "public_key"),
         "meter.add": ("meter",),
+        "fold.change": ("version", "at_s"),
         "price.add": ("price_ref", "asset", "unit_nano"),
         "account.open": (),
         "customer.bind": ("customer",),
@@ -305,7 +334,18 @@ class Oracle:
 
     def __init__(self, partitions: int) -> None:
         self.book = Book()
-        self.partitions = [Partition(number, partitions, self.book) for number in range(partitions)]
+        self.partitions = {number: Partition(number, partitions, self.book) for number in range(partitions)}
+        self.growth, self.count = 0, partitions
+
+    def grow(self, partitions: int) -> None:
+        """The log that was fed is at its end; what is fed from here on is the next one's."""
+        before, first = self.growth * GROWN, (self.growth + 1) * GROWN
+        for number in range(partitions):
+            parent = self.partitions[before + number % self.count]
+            self.partitions[first + number] = parent.child(first + number, partitions)
+        for number in range(self.count):
+            self.partitions[before + number].open = {}  # its children's by now
+        self.growth, self.count = self.growth + 1, partitions
 
     def feed(self, records: list[Record]) -> None:
         for record in records:
@@ -313,13 +353,13 @@ class Oracle:
 
     def still_open(self) -> int:
         """Deltas that no flush has sent yet."""
-        return sum(partition.still_open() for partition in self.partitions)
+        return sum(partition.still_open() for partition in self.partitions.values())
 
     def holes(self) -> dict[tuple[str, int], dict[int, int]]:
         """(source, lane) → sequences that a later one has passed, as first → last."""
         return {
             pair: dict(sequences.holes)
-            for partition in self.partitions
+            for partition in self.partitions.values()
             for pair, sequences in partition.sequences.items()
             if sequences.holes
         }

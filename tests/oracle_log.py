@@ -14,8 +14,9 @@ STALLED_S = 30.0
 class Log:
     """One topic from its first record on. `read()` returns what has been appended since the last call."""
 
-    def __init__(self, bootstrap: str, topic: str, gapless: bool = False) -> None:
-        self.bootstrap, self.topic, self.gapless = bootstrap, topic, gapless
+    def __init__(self, bootstrap: str, topic: str, gapless: bool = False, base: int = 0) -> None:
+        """`base` is added to the numbers of its partitions."""
+        self.bootstrap, self.topic, self.gapless, self.base = bootstrap, topic, gapless, base
         self.consumer = self._consumer()
         listed = self.consumer.list_topics(topic, timeout=15).topics[topic]
         if listed.error:
@@ -95,7 +96,7 @@ class Log:
         if self.gapless and offset != self.next[number]:
             raise AssertionError(f"{self.topic}/{number}: offset {offset} follows {self.next[number] - 1}")
         headers = tuple((name, value or b"") for name, value in message.headers() or ())
-        return Record(number, offset, append_ms, message.key(), message.value(), headers)
+        return Record(self.base + number, offset, append_ms, message.key(), message.value(), headers)
 
     def close(self) -> None:
         self.consumer.close()

@@ -12,6 +12,8 @@ import fastavro
 SCHEMAS = Path(__file__).resolve().parent.parent / "schemas"
 FILES = {1_000_000: "usage.avsc", 1_000_001: "command.avsc", 1_000_002: "meter_event.avsc"}
 USAGE_ID, COMMAND_ID, METER_EVENT_ID = FILES
+USAGE_IDS = {USAGE_ID}
+"""Those of every version of UsageEvent."""
 
 ID = re.compile(r"[A-Za-z0-9._:@/-]{1,128}")
 METER = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -71,6 +73,12 @@ SCHEMA = {
 }
 
 
+def learn(schema_id: int, schema: dict[str, Any]) -> None:
+    """A further version of UsageEvent, for this process."""
+    SCHEMA[schema_id] = fastavro.parse_schema(_plain(schema), _force=True)
+    USAGE_IDS.add(schema_id)
+
+
 def frame(schema_id: int, record: dict[str, Any]) -> bytes:
     """Confluent framing around one encoded record."""
     out = io.BytesIO()
@@ -81,7 +89,8 @@ def frame(schema_id: int, record: dict[str, Any]) -> bytes:
 
 def decode(value: bytes) -> dict[str, Any]:
     """The usage record in a value that `unframe` has taken."""
-    record: dict[str, Any] = fastavro.schemaless_reader(io.BytesIO(value[5:]), SCHEMA[USAGE_ID], None)
+    number = struct.unpack(">I", value[1:5])[0]
+    record: dict[str, Any] = fastavro.schemaless_reader(io.BytesIO(value[5:]), SCHEMA[number], None)
     return record
 
 
@@ -92,7 +101,7 @@ def unframe(value: bytes) -> tuple[int, dict[str, Any]]:
     if len(value) < 5 or value[0]:
         raise Refused("bad_framing")
     number = struct.unpack(">I", value[1:5])[0]
-    if number not in (USAGE_ID, COMMAND_ID):
+    if number not in {*USAGE_IDS, COMMAND_ID}:
         raise Refused("unknown_schema")
     source = io.BytesIO(value[5:])
     try:

@@ -7,6 +7,7 @@ doubled, every poison refused for its own reason, and every failpoint hit.
 import argparse
 import asyncio
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -106,6 +107,8 @@ class Campaign:
         self.away = Away()
         self.signer: Signer
         self.customers: dict[str, str] = {}
+        self.env: dict[str, str] = {}
+        """Over the environment of every `tollway` that is run."""
 
     def run(self) -> Report:
         with self._timed("start"):
@@ -287,7 +290,8 @@ class Campaign:
 
     def _tollway(self, *words: str) -> dict[str, Any]:
         argv = [sys.executable, "-m", "tollway.streams.cli", *words, "--data", str(self.data), "--json"]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=VERIFY_DEADLINE_S, cwd=ROOT)
+        env = {**os.environ, **self.env}
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=VERIFY_DEADLINE_S, cwd=ROOT, env=env)
         try:
             found: dict[str, Any] = json.loads(done.stdout)
         except ValueError:

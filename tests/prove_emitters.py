@@ -1,9 +1,11 @@
 """The emitting processes of a campaign, and the successor of the one that is killed."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.prove_scale import EMITTERS, THREADS, Scale
@@ -21,13 +23,16 @@ class Emitters:
         self.rate = scale.rate / EMITTERS
         self.running = {f"e{index}": self._start(index, 0) for index in range(EMITTERS)}
 
-    def _start(self, index: int, life: int) -> "subprocess.Popen[str]":
+    def _start(
+        self, index: int, life: int, more: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[str]":
         argv = [sys.executable, "-m", "tests.emitter_process", "--bootstrap", self.bootstrap, "--name", f"e{index}"]
         argv += ["--spool", str(self.folder / f"spool-e{index}"), "--journals", str(self.folder / "journals")]
         argv += ["--index", str(index), "--life", str(life), "--seed", str(self.seed), "--events", str(self.each)]
         argv += ["--threads", str(THREADS), "--writers", str(EMITTERS * THREADS), "--rate", str(self.rate)]
         argv += ["--accounts", str(self.scale.accounts), "--principals", str(self.scale.principals_each)]
-        return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        whole = {**os.environ, **(env or {})}
+        return subprocess.Popen([*argv, *more], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=whole)
 
     def journal_bytes(self, index: int, life: int) -> int:
         """How much one life has written of what it began and what returned."""
@@ -39,8 +44,8 @@ class Emitters:
         folder = self.folder / f"spool-e{index}"
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    def replace(self, index: int) -> str:
-        """kill −9, and a successor on the same spool. Returns what the dead one was doing."""
+    def replace(self, index: int, more: Sequence[str] = (), env: Mapping[str, str] | None = None) -> str:
+        """kill −9, and a successor on the same spool, told `more`. Returns what the dead one was doing."""
         dying = self.running[f"e{index}"]
         before, at = self.journal_bytes(index, 0), time.monotonic()
         while self.journal_bytes(index, 0) == before:
@@ -50,18 +55,23 @@ class Emitters:
         dying.send_signal(signal.SIGKILL)
         dying.wait()
         doing = f"emitting, {self.spooled_bytes(index)} bytes in its spool"
-        self.running[f"e{index}"] = self._start(index, 1)
+        self.running[f"e{index}"] = self._start(index, 1, more, env)
         return doing
 
     def done(self) -> bool:
         return all(process.poll() is not None for process in self.running.values())
 
-    def finish(self) -> list[str]:
+    def ask_to_end(self) -> None:
+        """Each emits no more, sends what it has, and ends."""
+        for process in self.running.values():
+            process.terminate()
+
+    def finish(self, deadline_s: float = END_DEADLINE_S) -> list[str]:
         """What is wrong with their ends."""
         wrong = []
         for name, process in self.running.items():
             try:
-                out, _ = process.communicate(timeout=END_DEADLINE_S)
+                out, _ = process.communicate(timeout=deadline_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 wrong.append(f"{name} did not end")

@@ -31,6 +31,7 @@ class Scale:
     billing_window_s: int = 10
     billing_grace_s: int = 5
     snapshot_s: int = 60
+    partitions: int = 16
     session_timeout_ms: int = 2_000
     max_poll_interval_ms: int = 300_000
     checkpoint_s: int = 3
@@ -76,7 +77,7 @@ def whole(events: int) -> Scale:
 
 def stack_of(scale: Scale, data: Path, progress: Progress) -> Stack:
     """The local stack with the replicas and settings of a scale, not started."""
-    names = ("billing_window_s", "billing_grace_s", "snapshot_s")
+    names = ("billing_window_s", "billing_grace_s", "snapshot_s", "partitions")
     windows = {name: getattr(scale, name) for name in names}
 
     def prepare(endpoints: Endpoints) -> None:

@@ -142,6 +142,10 @@ class Supervisor:
         with self._changed:
             return {name: kept.reason for name, kept in self._kept.items() if kept.state is State.FAILED}
 
+    def child(self, name: str) -> Child:
+        """What is run under a name."""
+        return self._kept[name].child
+
     def pid(self, name: str) -> int | None:
         return self._kept[name].process.pid
 
@@ -166,6 +170,21 @@ class Supervisor:
                 kept.failures = kept.tries = 0
                 kept.turn(State.WAITING)
                 self._changed.notify_all()
+
+    def remove(self, name: str) -> None:
+        """Ask one child to end, wait (killed after its deadline), and forget it: its name is free for another `add`.
+
+        Raises Fatal where others come after it.
+        """
+        with self._changed:
+            if needing := [kept.child.name for kept in self._kept.values() if name in kept.child.after]:
+                raise Fatal(f"{needing[0]} comes after {name}: remove it first")
+            kept = self._kept[name]
+            kept.turn(State.STOPPED)
+        kept.process.stop()
+        with self._changed:
+            del self._kept[name]
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Every child, those that come after others first; returns when no process is left. Safe to call again."""
