@@ -236,7 +236,7 @@ async def started_producer(bootstrap: str, security: dict[str, Any], **options: 
     except asyncio.CancelledError:
         await close(producer, CUT_OFF_S)
         raise
-    except KafkaConnectionError as error:
+    except (KafkaConnectionError, AssertionError) as error:  # aiokafka asserts that it knows a broker: none is back yet
         await producer.stop()
         raise Unavailable(f"no Kafka at {bootstrap}: {error}") from error
     except (ClusterAuthorizationFailedError, TransactionalIdAuthorizationFailed) as error:
