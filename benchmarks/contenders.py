@@ -68,10 +68,12 @@ def run_peer(site: Site, peer: Peer, python: str, traffic: Traffic, events: int)
 def run_ours(site: Site, traffic: Traffic, events: int) -> dict[str, Any]:
     """Append events and let group accounts fold all that it has not yet; its sums are those of everything so far."""
     site.append(traffic.events(events))
-    found: dict[str, Any] = drained(site)
-    shape = traffic.shape
-    shown = our_sums(site.redis_url, shape, range(0, shape.principals, traffic.one_in))
-    return {**found, "exact": without_zeros(shown) == without_zeros(traffic.sums)}
+    shape, must = traffic.shape, without_zeros(traffic.sums)
+
+    def exact() -> bool:
+        return without_zeros(our_sums(site.redis_url, shape, range(0, shape.principals, traffic.one_in))) == must
+
+    return drained(site, exact)
 
 
 def exactly(shown: Sums, must: Sums, one_in: int) -> bool:

@@ -13,7 +13,7 @@ from benchmarks.part import KEPT
 from benchmarks.picture import bars
 
 PAGE, PICTURE = KEPT.with_suffix(".md"), KEPT / "fold.svg"
-PARTS = ("fold", "million", "groups", "latency", "apply", "gate", "audit", "audit_10m", "emit", "asgi")
+PARTS = ("fold", "million", "groups", "latency", "apply", "gate", "audit", "audit_10m", "emit", "asgi", "profile")
 PEERS = (PLAIN, AIOKAFKA, BYTEWAX, QUIX, QUIX_LEAST, FAUST)
 Found = dict[str, Any]
 
@@ -234,9 +234,20 @@ user in a real Valkey; variants in turn. The capture follows in the background a
 {table("added | p50 | p99", rows)}"""
 
 
+def profile(found: Found) -> str:
+    rows = [f"{name} | {cores(shares)}" for name, shares in found["shares"].items()]
+    return f"""\
+## Where the CPU goes
+
+Shares of a worker's running threads while it drains a full topic (`python -m benchmarks.profile`, py-spy).
+
+{table("group | layers", rows)}"""
+
+
 SECTIONS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("fold", fold), ("million", million), ("groups", groups), ("latency", latency), ("apply", apply), ("gate", gate),
     ("audit", audit), ("audit_10m", audit), ("emit", emit), ("asgi", asgi),
+    ("profile", profile),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ class Size:
 
 
 def python_of(peer: str) -> Size:
-    """Where a peer's interpreter is: `make bench` makes these environments. An absent one leaves its peer out."""
+    """Where a peer's interpreter is: `make bench` makes these environments, <PEER>_PYTHON names another. None: it is left out."""
     found = Path(__file__).resolve().parent.parent / ".venv" / peer / "bin" / "python"
-    usual = str(found) if found.exists() else ""
+    usual = os.environ.get(f"{peer.upper()}_PYTHON", str(found) if found.exists() else "")
     return Size(f"{peer}-python", usual, usual, f"interpreter with benchmarks/{peer}.txt installed")
 
 
@@ -41,7 +42,9 @@ def run(name: str, doc: str | None, sizes: list[Size], measure: Callable[..., di
         parser.add_argument(f"--{size.name}", type=kind, help=f"{size.help} (default {size.usual})", **several)  # type: ignore[arg-type]
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--keep", action="store_true", help=f"write docs/benchmarks/{name}.json")
+    parser.add_argument(
+        "--keep", nargs="?", const=name, metavar="NAME", help=f"write docs/benchmarks/NAME.json (default {name})"
+    )
     arguments = parser.parse_args()
     given = {}
     for size in sizes:
@@ -55,6 +58,8 @@ def run(name: str, doc: str | None, sizes: list[Size], measure: Callable[..., di
     found["took_s"], found["load_1m_at_end"] = round(time.monotonic() - began), load()
     if arguments.keep:
         KEPT.mkdir(exist_ok=True)
-        (KEPT / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (KEPT / f"{arguments.keep}.json").write_text(
+            json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     report(found, arguments.json)
     return 0

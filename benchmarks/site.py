@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tollway.streams.settings import Settings
 
 DEADLINE_S = 300.0
 LOOK_S = 0.05
+ARRIVE_S = 15.0
 SAFE_S = 2.0
 """Seconds between two checkpoints of ours, as between two commits of the peers."""
 READ_AT_ONCE = 1_000
@@ -70,7 +72,12 @@ class Site:
     def ends(self) -> dict[int, int]:
         """partition → offset behind its last record."""
         consumer = self._consumer("bench")
-        return {n: consumer.get_watermark_offsets(TopicPartition(TOPIC, n), timeout=30)[1] for n in self.partitions}
+
+        def end(number: int) -> int:
+            found: tuple[int, int] = consumer.get_watermark_offsets(TopicPartition(TOPIC, number), timeout=30)
+            return found[1]
+
+        return {number: patiently(partial(end, number)) for number in self.partitions}
 
     def append(self, made: list[Made]) -> dict[int, int]:
         """Where they begin. Raises RuntimeError where the broker did not take all."""
@@ -84,16 +91,9 @@ class Site:
     def committed(self, group: str) -> dict[int, int]:
         """Offsets committed behind the newest checkpoints of our group; 0 where there is none."""
         asked = [TopicPartition(TOPIC, number) for number in self.partitions]
-        until = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                found = self._consumer(f"tollway.{group}").committed(asked, timeout=30)
-            except KafkaException:  # the coordinator is still loading
-                if time.monotonic() > until:
-                    raise
-                time.sleep(LOOK_S)
-            else:
-                return {part.partition: max(0, part.offset) for part in found}
+        consumer = self._consumer(f"tollway.{group}")
+        found = patiently(lambda: consumer.committed(asked, timeout=30))
+        return {part.partition: max(0, part.offset) for part in found}
 
     def command(self, commands: Iterable[Command]) -> None:
         """Append signed commands."""
@@ -108,6 +108,18 @@ class Site:
                 await control.send(account, kind, body)
         finally:
             await producer.stop()
+
+
+def patiently(ask: Callable[[], Any]) -> Any:
+    """The broker's answer; a leader or coordinator that is still being found is asked again. Raises KafkaException."""
+    until = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return ask()
+        except KafkaException:
+            if time.monotonic() > until:
+                raise
+            time.sleep(LOOK_S)
 
 
 @contextmanager
@@ -203,11 +215,10 @@ class Worker:
         return bool((found := self.health()) and all(group["healthy"] for group in found["groups"]))
 
     def folded(self) -> bool:
-        """Whether it has taken everything that is in the log, and Redis shows it."""
+        """Whether it has taken everything that is in the log, and has sent Redis all of it."""
         found = self.health() or {"groups": []}
         events = sum(group.get("events", 0) for group in found["groups"])
-        shown = not found.get("view", {}).get("dirty", 0)
-        return shown and events >= sum(self.site.ends().values()) - self.before
+        return sent(found) and events >= sum(self.site.ends().values()) - self.before
 
     def safe(self) -> bool:
         """Whether its newest checkpoints stand at the end of the log."""
@@ -245,11 +256,27 @@ class Worker:
             self.stop()
 
 
-def drained(site: Site) -> dict[str, float]:
-    """Group accounts over what has come since its last time, with a checkpoint as often as peers commit."""
+def sent(health: dict[str, Any]) -> bool:
+    """Whether no lane waits to be written whole and no total is dirty; what is in flight has its answer in milliseconds."""
+    view = health.get("view", {})
+    return not view.get("dirty", 0) and not view.get("lag", {}) and set(view.get("lanes", {})) <= {"live"}
+
+
+def drained(site: Site, exact: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """Group accounts over what has come since its last time, with a checkpoint as often as peers commit.
+
+    `exact` is asked while the worker is there: totals in flight arrive within its deadline or never.
+    """
     often = {"CHECKPOINT_S": str(SAFE_S), "CHECKPOINT_RECORDS": "500000"}
     with Worker(site, "accounts", **often) as worker:
-        return worker.drain()
+        found: dict[str, Any] = worker.drain()
+        if exact is None:
+            return found
+        try:
+            wait_for(exact, "the sums that must be", ARRIVE_S)
+        except TimeoutError:
+            return {**found, "exact": False}
+        return {**found, "exact": True}
 
 
 def our_sums(url: str, shape: Any, principals: Iterable[int]) -> Sums:
