@@ -43,7 +43,7 @@ HIT_DEADLINE_S = 300.0
 READY_DEADLINE_S = 300.0
 GONE_DEADLINE_S = 15.0
 WORK_DEADLINE_S = 300.0
-DEAD_SEEN_S = 0.5
+DEAD_SEEN_S, WORK_SEEN_S = 0.5, 10.0
 POLL_S = 0.02
 
 
@@ -109,7 +109,15 @@ class Killer(threading.Thread):
                 raise TimeoutError(f"failpoint {name} was not hit within {HIT_DEADLINE_S:.0f} s")
             time.sleep(POLL_S)
         self._arm(following)
-        self._note(self._who_died(), name, "at that place in its loop")
+        died = self._who_died()
+        self._until_seen()
+        self._note(died, name, "at that place in its loop")
+
+    def _until_seen(self) -> None:
+        """The gauge looks now and then: what a worker that died in its loop has left undone is seen at its next look."""
+        until = time.monotonic() + WORK_SEEN_S
+        while not self.gauge.is_busy(self.group) and time.monotonic() < until:
+            time.sleep(POLL_S)
 
     def _who_died(self) -> str:
         """Any replica may have read the file; the supervisor starts the dead one again a moment later."""
