@@ -9,6 +9,8 @@ from tests.oracle_book import Record
 BATCH, WAIT_S, ASK_S = 2_000, 0.1, 5.0
 STALLED_S = 30.0
 """No record within this time before the end: the broker is not answering."""
+RENEWALS = 3
+"""New clients that one reading may take; a client that has just begun may know no partitions either."""
 
 
 class Log:
@@ -55,14 +57,17 @@ class Log:
 
         Raises KafkaException while the broker is away; what it had given by then comes with the next call.
         """
-        try:
-            self._read()
-        except (KafkaException, TimeoutError):
-            # A client whose broker died may believe for minutes that the topic has no partitions.
-            self.consumer.close()
-            self.consumer = self._consumer()
-            self._assign()
-            self._read()
+        for left in reversed(range(RENEWALS + 1)):
+            try:
+                self._read()
+                break
+            except (KafkaException, TimeoutError):
+                if not left:
+                    raise
+                # A client whose broker died may believe for minutes that the topic has no partitions.
+                self.consumer.close()
+                self.consumer = self._consumer()
+                self._assign()
         found, self._found = self._found, []
         return found
 
