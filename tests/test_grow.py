@@ -43,9 +43,9 @@ def batch_bytes(value: bytes | None, compression: int, headers: list[tuple[str, 
     return len(batch.build())
 
 
-@pytest.mark.parametrize("compression", range(5))
+@pytest.mark.parametrize("compression", range(2))
 def test_only_a_tick_fits_through_a_log_that_is_closing(compression: int) -> None:
-    """The least that usage or a command can be, of equal bytes and compressed by any codec, is too large; a tick is not."""
+    """The least that usage or a command can be, of equal bytes and compressed by gzip too, is too large; a tick is not."""
     signed = [("sig", bytes(64)), ("kid", b"a")]
     assert batch_bytes(codec.encode("UsageEvent", SMALLEST), compression, []) > TICKS_ONLY
     assert batch_bytes(codec.encode("Command", COMMAND), compression, signed) > TICKS_ONLY
