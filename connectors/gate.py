@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,13 +22,12 @@ from redis.asyncio.cluster import RedisCluster
 from tollway.connectors.emitter import Emitted, Emitter
 from tollway.connectors.errors import Refused, Unavailable
 from tollway.connectors.gate_calls import (
-    Standing,
     authorize_call,
     capture_call,
     extend_call,
     fields_of,
     granted,
-    left,
+    refused,
     standing,
     void_call,
 )
@@ -133,23 +132,38 @@ class Gate:
         if self._memory.full:
             return self._outages.answer(ask, "busy", started)
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._deadline_s):
-                for again in (True, False):
-                    reply = await self._ask(ask, call, hold, memory, started)
-                    found = standing(reply)
-                    if not await self._current(memory, found) or not again:
-                        break
+            reply = await self._answered(memory, lambda: self._ask(ask, call, hold, memory, started))
         except TimeoutError:
             return self._outages.answer(ask, "slow", started)
         except Unavailable as error:
             return self._outages.answer(ask, _reason(error), started)
-        return self._decided(ask, call, hold, found.word, reply, started)
+        return self._decided(ask, call, hold, reply, started)
 
-    async def _current(self, memory: LaneMemory, found: Standing) -> bool:
-        """Take an answer in; where Redis has forgotten something, tell it first. Whether to ask again."""
-        if not memory.learn(found):
-            await reassert(self._wire, memory, self._memory.gate, self._grace_s * 1000, self.counters, self._deadline_s)
-        return found.word == "GEN"
+    async def _answered(self, memory: LaneMemory, call: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer of a Redis that knows what this gate holds: one that has forgotten is told, and asked again.
+
+        A grant is not kept waiting for that: it stands, and the keeper tells. Raises Unavailable, TimeoutError.
+        """
+        ends_at = asyncio.get_running_loop().time() + self._deadline_s
+        reply = await call()
+        found = standing(reply)
+        known = memory.learn(found)
+        if known and found.word != "GEN":
+            return reply
+        if found.word == "OK":
+            self._keeper.hurry()
+            return reply
+        async with asyncio.timeout_at(ends_at):
+            if not known:
+                await self._reassert(memory)
+            if found.word == "GEN":
+                reply = await call()
+                if not memory.learn(standing(reply)):
+                    self._keeper.hurry()
+        return reply
+
+    async def _reassert(self, memory: LaneMemory) -> None:
+        await reassert(self._wire, memory, self._memory.gate, self._grace_s * 1000, self.counters, self._deadline_s)
 
     async def _ask(self, ask: Ask, call: str, hold: str, memory: LaneMemory, started: float) -> Any:
         keys, arguments = authorize_call(
@@ -163,12 +177,12 @@ class Gate:
         """A grant came after its caller had been answered otherwise: the call is not executed under this hold."""
         if standing(reply).word == "OK":
             self.counters["orphans"] += 1
-            found = granted(ask, call, reply[7:]).hold
+            found = granted(ask, call, reply[7]).hold
             self._memory.take(found, started, started + ask.ttl_s + self._grace_s).voided = True
             self._keeper.hurry()
 
-    def _decided(self, ask: Ask, call: str, hold: str, word: str, reply: Any, started: float) -> Decision:
-        outage, at_us, stale, body = reply[4].decode(), int(reply[5]), reply[6], reply[7:]
+    def _decided(self, ask: Ask, call: str, hold: str, reply: Any, started: float) -> Decision:
+        word, outage, at_us, stale = reply[0].decode(), reply[4].decode(), int(reply[5]), reply[6]
         if outage:
             self._outages.learn(ask.account, outage)
         if word in OUTAGE_WORDS:
@@ -177,12 +191,11 @@ class Gate:
         if word in ("UNKNOWN", "FROZEN"):
             return Decision(UNKNOWN if word == "UNKNOWN" else FROZEN, ask, **common)
         if word in ("DENY", "CLOSED"):
-            rows = tuple(map(left, body[1]))
-            reason = "limit" if word == "DENY" else CLOSED
-            return Decision(DENIED, ask, reason, refused_by=left(body[0]), left=rows, **common)
+            by, rows = refused(reply[7])
+            return Decision(DENIED, ask, "limit" if word == "DENY" else CLOSED, refused_by=by, left=rows, **common)
         if word == "CONFLICT":
             return Decision(CONFLICT, ask, **common)
-        found = granted(ask, call, body)
+        found = granted(ask, call, reply[7])
         known = {"hold": found.hold, "up_to": found.up_to, "left": found.left, **common, "at_us": found.hold.at_us}
         if word == "DUP" and found.hold.id != hold:
             return Decision(DUPLICATE, ask, **known)
@@ -262,22 +275,20 @@ class Gate:
     async def extend(self, hold: Hold, totals: Mapping[str, int], ttl_s: int = 60) -> Extension:
         """Hold these totals (meter → units, not additions), for ttl_s from now. What is not granted changes nothing."""
         memory = self._memory.lane(hold.account)
+
+        def call() -> Awaitable[Any]:
+            me = memory.me(self._memory.gate, self._grace_s * 1000)
+            return self._wire.call(EXTEND, *extend_call(me, hold, totals, ttl_s), self._deadline_s)
+
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._deadline_s):
-                for again in (True, False):
-                    keys, arguments = extend_call(
-                        memory.me(self._memory.gate, self._grace_s * 1000), hold, totals, ttl_s
-                    )
-                    reply = await self._wire.call(EXTEND, keys, arguments, self._deadline_s)
-                    found = standing(reply)
-                    if not await self._current(memory, found) or not again:
-                        break
+            reply = await self._answered(memory, call)
         except TimeoutError:
             return Extension(hold, False, "slow")
         except Unavailable as error:
             return Extension(hold, False, _reason(error))
-        if found.word != "OK":
-            return Extension(hold, False, OUTAGE_WORDS.get(found.word, found.word.lower()))
+        word = standing(reply).word
+        if word != "OK":
+            return Extension(hold, False, OUTAGE_WORDS.get(word, word.lower()))
         now = time.monotonic()
         longer = Hold(hold.id, hold.account, hold.call, hold.at_us, int(reply[4]), fields_of(reply[5]))
         known = self._memory.take(hold, now, now)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgpack
+
 from tollway.connectors.gate_decision import Ask, Hold, Left
 from tollway.schemas.lane import lane, tag
 
@@ -122,23 +124,27 @@ class Granted:
     left: tuple[Left, ...]
 
 
-def granted(ask: Ask, call: str, body: Sequence[Any]) -> Granted:
-    _, hold, at_us, expires, grants, rows = body
-    up_to = {meter.decode(): int(units) for meter, units in zip(grants[::2], grants[1::2], strict=True)}
-    fields = tuple(
-        (row[0].decode(), row[1].decode(), int(row[5])) for row in rows if row[1].partition(b" ")[0].decode() in up_to
-    )
-    value = Hold(hold.decode(), ask.account, call, int(at_us), int(expires), fields)
-    return Granted(value, up_to, tuple(map(left, rows)))
+def granted(ask: Ask, call: str, body: bytes) -> Granted:
+    _, hold, at_us, expires, grants, rows = msgpack.unpackb(body)
+    up_to = {meter: int(units) for meter, units in zip(grants[::2], grants[1::2], strict=True)}
+    fields = tuple((row[0], row[1], int(row[5])) for row in rows if row[1].partition(" ")[0] in up_to)
+    value = Hold(hold, ask.account, call, int(at_us), int(expires), fields)
+    return Granted(value, up_to, tuple(map(_left, rows)))
 
 
-def left(row: Sequence[bytes]) -> Left:
+def refused(body: bytes) -> tuple[Left, tuple[Left, ...]]:
+    """The body of DENY and CLOSED: the limit that refused, and all that were met."""
+    row, rows = msgpack.unpackb(body)
+    return _left(row), tuple(map(_left, rows))
+
+
+def _left(row: Sequence[str]) -> Left:
     """A row of an answer: [account~scope, base, end, limit, left, units]. A closed scope's row has no base."""
-    scope = row[0].decode().partition("~")[2]
-    meter, _, window = row[1].decode().partition(" ")
+    scope, base, end, limit, rest, _ = row
+    meter, _, window = base.partition(" ")
     window, _, start = window.partition(":")
-    end_s = None if not row[2] or window == "L" else int(row[2])
-    return Left(scope, meter, window, int(start or 0), end_s, int(row[3]), int(row[4]))
+    end_s = None if not end or window == "L" else int(end)
+    return Left(scope.partition("~")[2], meter, window, int(start or 0), end_s, int(limit), int(rest))
 
 
 def fields_of(flat: Sequence[bytes]) -> tuple[tuple[str, str, int], ...]:

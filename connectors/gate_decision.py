@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from tollway.connectors import problem
 from tollway.connectors.errors import Refused
@@ -95,8 +95,7 @@ def scopes_of(
     return ("acct", f"{kind}:{principal}", *(f"{name}:{value}" for name, value in named if value is not None))
 
 
-@dataclass(frozen=True)
-class Left:
+class Left(NamedTuple):
     """One limit that the ask met: `left` units after the grant; times are seconds since 1970, `end_s` None = it never resets."""
 
     scope: str

@@ -218,6 +218,6 @@ class Keeper:
         found = standing(reply)
         if not memory.learn(found) or found.word != "OK":
             return
-        taken = granted(own, call, reply[7:])
+        taken = granted(own, call, reply[7])
         self._memory.take(taken.hold, now, now + LEASE_S + self._grace_ms // 1000)
         self._outages.leases[key] = Lease(taken.hold, now + LEASE_S, dict(taken.up_to))

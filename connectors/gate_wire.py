@@ -25,7 +25,7 @@ FLIGHT_CALLS_MAX = 32
 QUEUE_MAX = 10_000
 """Calls waiting for a connection; beyond that a call is refused at once, as `busy`."""
 STUCK_S = 1.0
-"""A connection that has not answered for this long is given up; its callers have gone long before."""
+"""A packet that is not answered within this is given up with its connection; its callers have gone long before."""
 
 _FOLDER = Path(__file__).parent / "lua"
 _SHARED = (_FOLDER / "gate.lua").read_text(encoding="utf-8")
@@ -104,7 +104,7 @@ class PooledWire:
             url,
             max_connections=CONNECTIONS_MAX,
             timeout=STUCK_S,
-            socket_timeout=STUCK_S,
+            socket_timeout=None,  # one for each reply would be half of its cost: a packet has STUCK_S
             socket_connect_timeout=STUCK_S,
             retry=Retry(NoBackoff(), 0),
         )
@@ -129,11 +129,11 @@ class PooledWire:
             task = loop.create_task(self._pump())
             self._pumps.add(task)
             task.add_done_callback(self._pumps.discard)
+        late_at = loop.call_later(deadline_s, _give_up, call, deadline_s)  # half the cost of asyncio.timeout
         try:
-            async with asyncio.timeout(deadline_s):
-                return await call.future
-        except TimeoutError:
-            raise Slow(f"Redis did not answer within {deadline_s * 1000:.0f} ms") from None
+            return await call.future
+        finally:
+            late_at.cancel()
 
     async def warm(self) -> None:
         try:
@@ -142,8 +142,9 @@ class PooledWire:
             raise Unavailable(f"Redis does not answer: {error or type(error).__name__}") from error
 
     async def _load(self) -> None:
-        for script in SCRIPTS:
-            await self._client.script_load(script.text)
+        async with asyncio.timeout(STUCK_S):
+            for script in SCRIPTS:
+                await self._client.script_load(script.text)
 
     async def close(self) -> None:
         """Let what is under way end, then disconnect."""
@@ -166,11 +167,13 @@ class PooledWire:
 
     async def _fly(self, flight: list[_Call]) -> None:
         try:
-            lacking = await self._exchange(flight)
+            async with asyncio.timeout(STUCK_S):
+                lacking = await self._exchange(flight)
             if lacking:
                 await self._load()
-                for call in await self._exchange(lacking):
-                    _fail(call, Unavailable("Redis forgets scripts while they are loaded"))
+                async with asyncio.timeout(STUCK_S):
+                    for call in await self._exchange(lacking):
+                        _fail(call, Unavailable("Redis forgets scripts while they are loaded"))
         except (RedisError, OSError) as error:
             for call in flight:
                 _fail(call, Unavailable(f"Redis does not answer: {error or type(error).__name__}"))
@@ -205,6 +208,10 @@ def _answer(call: _Call, reply: Any) -> None:
         call.future.set_result(reply)
     elif call.late is not None:
         call.late(reply)
+
+
+def _give_up(call: _Call, deadline_s: float) -> None:
+    _fail(call, Slow(f"Redis did not answer within {deadline_s * 1000:.0f} ms"))
 
 
 def _fail(call: _Call, error: Exception) -> None:

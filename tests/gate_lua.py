@@ -44,7 +44,12 @@ class Real:
 def plain(reply: Any) -> Any:
     if isinstance(reply, list):
         return [plain(item) for item in reply]
-    return reply.decode() if isinstance(reply, bytes) else reply
+    if not isinstance(reply, bytes):
+        return reply
+    try:
+        return reply.decode()
+    except UnicodeDecodeError:
+        return reply  # packed
 
 
 def read(client: Any, number: int) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def read(client: Any, number: int) -> dict[str, Any]:
         if kind in ("hx", "fx"):
             setattr(lane, kind, {member.decode(): int(score) for member, score in found})
         elif kind == "i":
-            lane.i[name] = earlier(plain(msgpack.unpackb(found)))
+            lane.i[name] = earlier(msgpack.unpackb(found))
         else:
             _read_hash(lane, kind, name, found)
     return lane.content()
@@ -116,7 +121,9 @@ def head(reply: list[str]) -> tuple[Any, ...]:
 def authorized(reply: list[Any]) -> tuple[Any, ...]:
     """The script's answer as the model gives it."""
     told = (*head(reply), reply[4], int(reply[5]), number(reply[6]))
-    body = reply[7:]
+    if len(reply) == 7:
+        return told
+    body = msgpack.unpackb(reply[7])
     if reply[0] in ("DENY", "CLOSED"):
         return (*told, row(body[0]), tuple(map(row, body[1])))
-    return (*told, *earlier(body)) if body else told
+    return (*told, *earlier(body))

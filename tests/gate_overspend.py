@@ -258,11 +258,15 @@ class Campaign:
         if not await self.view.drained(60):
             self.breaches.append(f"the fold does not reach Redis: {self.view.stats()}")
 
-    async def _reached(self) -> None:
-        """Redis shows all that is folded, and the lane's log time with it: without new totals that comes once a step."""
+    async def _reached(self, ahead_s: int) -> None:
+        """Log time is `ahead_s` ahead of the clock, and Redis shows it and all that is folded: without new totals it is told once
+        a step, so the log ticks on until one has ended."""
+        self.log.at(int(time.time()) + ahead_s)
+        wanted_ms = self.log.state.log_time_ms
         await self._shown()
         async with asyncio.timeout(60):
-            while int(await self.client.hget(f"{PREFIX}m", "log") or 0) < self.log.state.log_time_ms:
+            while int(await self.client.hget(f"{PREFIX}m", "log") or 0) < wanted_ms:
+                self.log.at(int(time.time()) + ahead_s)
                 self.view.note(HOME, self.log.state)
                 await asyncio.sleep(0.02)
 
@@ -272,15 +276,13 @@ class Campaign:
         await self._shown()
         expired = 0
         for ahead_s in AHEAD_S:
-            self.log.at(int(time.time()) + ahead_s)
-            await self._reached()
+            await self._reached(ahead_s)
             more = True
             while more:
                 swept = Swept.read((await fly(self.client, [SWEEP.call(lane(ACCOUNT), 500)]))[0])
                 expired, more = expired + len(swept.unsettled), swept.more
                 self.log.quota.put_back_closes(lane(ACCOUNT), [hold for hold, _, _ in swept.asked])
-            self.log.at(int(time.time()) + ahead_s)
-            await self._reached()
+            await self._reached(ahead_s)
         await self._look()
         folded = {scope: units for (scope, *_), units in self.log.quota.totals(ACCOUNT).items()}
         keys = [key async for key in self.client.scan_iter(f"{PREFIX}s:*", count=1_000)]

@@ -21,10 +21,11 @@ def limit(scope: str, most: int, window: str = "d", meter: str = "calls") -> dic
 
 
 def may_call(url: str, account: str, *limits: dict[str, Any], frozen: bool = False) -> None:
-    """The account's lane is ready, at this moment's log time, with nothing used and these limits."""
+    """The account's lane is ready, at this moment's log time, with nothing used and these limits; what stood there is gone."""
     key, now_ms = f"{tag(lane(account))}m", time.time_ns() // 1_000_000
     fields = gate_fields({**DEFAULT_POLICY, "limits": list(limits)}, 1, False, frozen)
     with redis.Redis.from_url(url) as client:
+        client.delete(key, *client.scan_iter(f"{tag(lane(account))}*", count=10_000))
         gen = client.eval(REWRITE_BEGIN.text, 1, key, EPOCH, 0)[3]
         body = msgpack.packb([[], [], [[account, *fields]], []])
         assert client.eval(APPLY.text, 1, key, EPOCH, 0, "t", 0, "", "", now_ms, body)[0] == b"OK"

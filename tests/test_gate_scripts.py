@@ -153,22 +153,35 @@ def test_a_scope_that_is_not_declared_is_refused_before_anything_is_written(benc
     assert read(bench.client, NUMBER) == before
 
 
+def _at(text: str, bench: Bench) -> str:
+    """A script whose clock is the bench's."""
+    return text.replace("redis.call('TIME')", f"{{'{bench.real.now_us // 1_000_000}', '0'}}")
+
+
 def test_an_answers_rows_are_read_as_they_were_sent(bench: Bench) -> None:
     """From the script's reply to the values that a caller sees."""
     bench.ready("2026-03-01 10:00:00", acct__calls__h=5, acct__tokens__L=9)
     ask = Ask(ACCOUNT, ("acct",), {"calls": 1, "tokens": (7, 2)}, call="c1")
     keys, arguments = authorize_call(ME, ask, "c1", "h1", "")
     seconds = bench.real.now_us // 1_000_000
-    raw = bench.client.eval(
-        AUTHORIZE.text.replace("redis.call('TIME')", f"{{'{seconds}', '0'}}"), len(keys), *keys, *arguments
-    )
-    found = granted(ask, "c1", raw[7:])
+    raw = bench.client.eval(_at(AUTHORIZE.text, bench), len(keys), *keys, *arguments)
+    found = granted(ask, "c1", raw[7])
     assert (found.hold.id, found.up_to) == ("h1", {"calls": 1, "tokens": 7})
     assert found.hold.fields == ((f"{ACCOUNT}~acct", f"calls h:{seconds}", 1), (f"{ACCOUNT}~acct", "tokens L:0", 7))
     assert [(row.meter, row.left, row.end_s) for row in found.left] == [
         ("calls", 4, seconds + 3_600),
         ("tokens", 2, None),
     ]
+
+
+@pytest.mark.parametrize("limits", [{}, {"acct__calls__h": 5}])
+def test_an_ask_for_nothing_is_read_too(bench: Bench, limits: dict[str, int]) -> None:
+    """An empty table has no type in Lua: no amounts and no limits are an empty answer, not an unreadable one."""
+    bench.ready("2026-03-01", **limits)
+    keys, arguments = authorize_call(ME, Ask(ACCOUNT, ("acct",), {}, call="c1"), "c1", "h1", "")
+    raw = bench.client.eval(_at(AUTHORIZE.text, bench), len(keys), *keys, *arguments)
+    found = granted(Ask(ACCOUNT, ("acct",), {}, call="c1"), "c1", raw[7])
+    assert (found.up_to, found.hold.fields, len(found.left)) == ({}, (), len(limits))
 
 
 def test_a_call_is_remembered_for_an_hour(bench: Bench) -> None:

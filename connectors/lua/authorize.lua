@@ -3,9 +3,9 @@
 -- KEYS  m g p hx fx i:<account>~<call> h:<hold> n s:<account>~other~ s:<account>~<scope> ...
 -- ARGV  account, call, fingerprint, hold, ttl ms, grace ms, gate, gen, floor, scopes max, 'default' where an unknown
 --       account has no limits or '', then meter, ask, least ...
--- gives [word, gen, off, count, outage, at us, staleness ms or ''] and
---       OK, DUP, CONFLICT   fingerprint, hold, at us, expires ms, [meter, units ...], rows; CONFLICT without any: hold id used
---       DENY, CLOSED        the row that refused, rows; nothing is written
+-- gives [word, gen, off, count, outage, at us, staleness ms or ''] and, in msgpack,
+--       OK, DUP, CONFLICT   [fingerprint, hold, at us, expires ms, [meter, units ...], rows]; CONFLICT without: hold id used
+--       DENY, CLOSED        [the row that refused, rows]; nothing is written
 --       COLD, CLOCK, GEN, UNKNOWN, FROZEN, STALE   nothing
 --       rows = [account~scope, '<meter> <window>:<start>', end or '', limit, left, units] each
 local m, g, p, hx, fx, i, h, n, other = unpack(KEYS, 1, 9)
@@ -17,15 +17,14 @@ local prefix = #tag + #account + 4 -- of a scope's name in its key
 local at_us, at, now_ms = clock()
 local found = lane(m, g, gate)
 local policy = redis.call('HMGET', p, 'v', 'frozen', 'full', 'outage', 'max_staleness_s', 'limited')
-local function answer(word, ...)
+local function answer(word, body)
   local stale = found.state and whole(now_ms - found.log) or ''
-  return {word, found.gen, found.off, found.count, policy[4] or '', at_us, stale, ...}
+  return {word, found.gen, found.off, found.count, policy[4] or '', at_us, stale, body}
 end
 
 local known = redis.call('GET', i)
 if known then
-  local earlier = cmsgpack.unpack(known)
-  return answer(earlier[1] == fingerprint and 'DUP' or 'CONFLICT', unpack(earlier))
+  return answer(cmsgpack.unpack(known)[1] == fingerprint and 'DUP' or 'CONFLICT', known)
 end
 mark_loss(m, found, gen, floor)
 if found.state ~= 'READY' then return answer('COLD') end
@@ -51,21 +50,22 @@ end
 
 -- A scope beyond the bound of live scopes is counted in other~, as the fold does.
 local full = policy[3] == '1' or tonumber(redis.call('HGET', n, account) or '0') >= tonumber(ARGV[10])
-local rows, twice, watched, fresh, names = {}, {}, false, {}, {}
+local rows, twice, watched, names = {}, {}, false, {}
 for k = 10, #KEYS do
-  local s, scope = KEYS[k], string.sub(KEYS[k], prefix)
+  local scope = string.sub(KEYS[k], prefix)
   local kind = string.match(scope, '^[^:]+')
-  for j, shape in ipairs(shapes) do
+  for _, shape in ipairs(shapes) do
     local limit = '|' .. shape[1] .. '|' .. shape[2]
-    names[2 * j - 1], names[2 * j] = scope .. limit, kind .. limit
+    names[#names + 1] = scope .. limit
+    names[#names + 1] = kind .. limit
   end
-  local limits = #shapes > 0 and redis.call('HMGET', p, unpack(names)) or {}
-  if (kind == 'run' or kind == 'sess') and redis.call('HEXISTS', s, '~closed L:0 u') == 1 then
-    return answer('CLOSED', {string.sub(s, #tag + 3), '', '', '0', '0', '0'}, {})
-  end
+end
+local limits = #shapes > 0 and redis.call('HMGET', p, unpack(names)) or {}
+for k = 10, #KEYS do
+  local s, kind, first = KEYS[k], string.match(KEYS[k], '^[^:]+', prefix), 2 * #shapes * (k - 10)
   local mine, fields = {}, {}
   for j, shape in ipairs(shapes) do
-    local limit = limits[2 * j - 1] or limits[2 * j]
+    local limit = limits[first + 2 * j - 1] or limits[first + 2 * j]
     if limit then
       local start, stop = span(shape[2], at, kind)
       local base = shape[1] .. ' ' .. shape[2] .. ':' .. whole(start)
@@ -73,9 +73,14 @@ for k = 10, #KEYS do
       fields[#fields + 1], fields[#fields + 2] = base .. ' u', base .. ' h'
     end
   end
-  if full and redis.call('EXISTS', s) == 0 then s = other end
+  local ends = kind == 'run' or kind == 'sess'
+  if full and redis.call('EXISTS', s) == 0 then s, ends = other, false end
+  if ends then fields[#fields + 1] = '~closed L:0 u' end
+  local values = #fields > 0 and redis.call('HMGET', s, unpack(fields)) or {}
+  if ends and values[#fields] then
+    return answer('CLOSED', cmsgpack.pack({{string.sub(s, #tag + 3), '', '', '0', '0', '0'}, {}}))
+  end
   if #mine > 0 then
-    local values = redis.call('HMGET', s, unpack(fields))
     for j, row in ipairs(mine) do
       row.s, row.used, row.held = s, values[2 * j - 1], values[2 * j]
       if row.ask then
@@ -106,7 +111,7 @@ for j, row in ipairs(rows) do
 end
 if least then
   for j, row in ipairs(rows) do told[j][5] = decimal(row.hi, row.lo) end
-  return answer('DENY', told[least], told)
+  return answer('DENY', cmsgpack.pack({told[least], told}))
 end
 
 for meter, ask in pairs(asked) do
@@ -140,7 +145,7 @@ local granted = {}
 for meter, units in pairs(grant) do granted[#granted + 1], granted[#granted + 2] = meter, units end
 redis.call('HSET', h, 'st', 'H', 'exp', expires, 'r', cmsgpack.pack(record))
 redis.call('ZADD', hx, whole(tonumber(expires) + tonumber(ARGV[6])), hold)
-local earlier = {fingerprint, hold, at_us, expires, granted, told}
-redis.call('SET', i, cmsgpack.pack(earlier), 'PX', whole(math.max(3600000, tonumber(ARGV[5]))))
+local earlier = cmsgpack.pack({fingerprint, hold, at_us, expires, granted, told})
+redis.call('SET', i, earlier, 'PX', whole(math.max(3600000, tonumber(ARGV[5]))))
 counted(g, gate, found)
-return answer('OK', unpack(earlier))
+return answer('OK', earlier)
