@@ -34,68 +34,73 @@ if not policy[1] and ARGV[11] ~= 'default' then return answer('UNKNOWN') end
 if policy[2] == '1' then return answer('FROZEN') end
 if now_ms < found.log - 60000 then return answer('CLOCK') end
 
-local asked, grant = {}, {}
+local asked = {} -- meter -> limbs of its ask, later lowered to what is granted, and of its least
 for a = 12, #ARGV, 3 do
-  asked[ARGV[a]] = {ask = ARGV[a + 1], least = ARGV[a + 2]}
+  local hi, lo = limbs(ARGV[a + 1])
+  local least_hi, least_lo = limbs(ARGV[a + 2])
+  asked[ARGV[a]] = {hi = hi, lo = lo, least_hi = least_hi, least_lo = least_lo}
 end
-local shapes = {} -- the (meter, window) pairs that have a limit somewhere in the policy
+local shapes = {} -- the (meter, window) pairs that have a limit somewhere in the policy, in the window of now
+local function shape(meter, window)
+  local start, stop = span(window, at)
+  local base = meter .. ' ' .. window .. ':' .. whole(start)
+  shapes[#shapes + 1] = {ask = asked[meter], base = base, used = base .. ' u', held = base .. ' h', stop = stop,
+    limit = '|' .. meter .. '|' .. window}
+end
 for meter, windows in string.gmatch(policy[6] or '', '([^ :]+):(%a+)') do
-  for window in string.gmatch(windows, '%a') do shapes[#shapes + 1] = {meter, window} end
+  for window in string.gmatch(windows, '%a') do shape(meter, window) end
 end
 if policy[1] and not policy[6] then
   for meter in pairs(asked) do
-    for _, window in ipairs({'m', 'h', 'd', 'M', 'L'}) do shapes[#shapes + 1] = {meter, window} end
+    for _, window in ipairs({'m', 'h', 'd', 'M', 'L'}) do shape(meter, window) end
   end
 end
 
--- A scope beyond the bound of live scopes is counted in other~, as the fold does.
-local full = policy[3] == '1' or tonumber(redis.call('HGET', n, account) or '0') >= tonumber(ARGV[10])
-local rows, twice, watched, names = {}, {}, false, {}
+local kinds, names, limits = {}, {}, {}
 for k = 10, #KEYS do
   local scope = string.sub(KEYS[k], prefix)
   local kind = string.match(scope, '^[^:]+')
+  kinds[k] = kind
   for _, shape in ipairs(shapes) do
-    local limit = '|' .. shape[1] .. '|' .. shape[2]
-    names[#names + 1] = scope .. limit
-    names[#names + 1] = kind .. limit
+    local n = #names
+    names[n + 1], names[n + 2] = scope .. shape.limit, kind .. shape.limit
   end
 end
-local limits = #shapes > 0 and redis.call('HMGET', p, unpack(names)) or {}
+if #shapes > 0 then limits = redis.call('HMGET', p, unpack(names)) end
+
+-- A scope beyond the bound of live scopes is counted in other~, as the fold does.
+local full = policy[3] == '1' or tonumber(redis.call('HGET', n, account) or '0') >= tonumber(ARGV[10])
+local rows, shared, watched, first = {}, {}, false, 0
 for k = 10, #KEYS do
-  local s, kind, first = KEYS[k], string.match(KEYS[k], '^[^:]+', prefix), 2 * #shapes * (k - 10)
+  local s, life = KEYS[k], nil
+  if kinds[k] == 'run' or kinds[k] == 'sess' then life = at + IDLE_S end
   local mine, fields = {}, {}
   for j, shape in ipairs(shapes) do
     local limit = limits[first + 2 * j - 1] or limits[first + 2 * j]
     if limit then
-      local start, stop = span(shape[2], at, kind)
-      local base = shape[1] .. ' ' .. shape[2] .. ':' .. whole(start)
-      mine[#mine + 1] = {base = base, stop = stop, limit = limit, ask = asked[shape[1]], meter = shape[1]}
-      fields[#fields + 1], fields[#fields + 2] = base .. ' u', base .. ' h'
+      mine[#mine + 1] = {shape = shape, ask = shape.ask, limit = limit, stop = shape.stop or life}
+      fields[#fields + 1], fields[#fields + 2] = shape.used, shape.held
     end
   end
-  local ends = kind == 'run' or kind == 'sess'
-  if full and redis.call('EXISTS', s) == 0 then s, ends = other, false end
-  if ends then fields[#fields + 1] = '~closed L:0 u' end
-  local values = #fields > 0 and redis.call('HMGET', s, unpack(fields)) or {}
-  if ends and values[#fields] then
-    return answer('CLOSED', cmsgpack.pack({{string.sub(s, #tag + 3), '', '', '0', '0', '0'}, {}}))
+  first = first + 2 * #shapes
+  if full and redis.call('EXISTS', s) == 0 then s, life = other, nil end
+  if life then fields[#fields + 1] = '~closed L:0 u' end
+  local values, name = #fields > 0 and redis.call('HMGET', s, unpack(fields)), string.sub(s, #tag + 3)
+  if life and values[#fields] then
+    return answer('CLOSED', cmsgpack.pack({{name, '', '', '0', '0', '0'}, {}}))
   end
-  if #mine > 0 then
-    for j, row in ipairs(mine) do
-      row.s, row.used, row.held = s, values[2 * j - 1], values[2 * j]
-      if row.ask then
-        -- Two scopes that share other~ count twice there: the second one finds what the first may take gone.
-        row.key = s .. ' ' .. row.base
-        twice[row.key] = (twice[row.key] or -1) + 1
-      end
-      row.hi, row.lo = available(row.limit, row.used, row.held)
-      if row.ask and twice[row.key] > 0 then
-        local hi, lo = limbs(row.ask.ask)
-        row.hi, row.lo = normal(row.hi - hi * twice[row.key], row.lo - lo * twice[row.key])
-      end
-      watched = watched or not row.ask
-      rows[#rows + 1] = row
+  for j, row in ipairs(mine) do
+    local ask = row.ask
+    row.s, row.name, row.used, row.held = s, name, values[2 * j - 1], values[2 * j]
+    row.hi, row.lo = available(row.limit, row.used, row.held)
+    if ask and s == other then
+      -- Two scopes that share other~ count twice there: the second one finds what the first may take gone.
+      local before = shared[row.shape] or 0
+      shared[row.shape] = before + 1
+      row.hi, row.lo = normal(row.hi - ask.hi * before, row.lo - ask.lo * before)
     end
+    watched = watched or not ask
+    rows[#rows + 1] = row
   end
 end
 local staleness_max = tonumber(policy[5] or '') or 30
@@ -103,8 +108,9 @@ if watched and now_ms - found.log > staleness_max * 1000 then return answer('STA
 
 local least, told = nil, {}
 for j, row in ipairs(rows) do
-  told[j] = {string.sub(row.s, #tag + 3), row.base, row.stop and whole(row.stop) or '', row.limit, '', '0'}
-  local hi, lo = limbs(row.ask and row.ask.least or '1') -- a meter that is not asked for must not be used up
+  told[j] = {row.name, row.shape.base, row.stop and whole(row.stop) or '', row.limit, '', '0'}
+  local hi, lo = 0, 1 -- a meter that is not asked for must not be used up
+  if row.ask then hi, lo = row.ask.least_hi, row.ask.least_lo end
   if below(row.hi, row.lo, hi, lo) and (not least or below(row.hi, row.lo, rows[least].hi, rows[least].lo)) then
     least = j
   end
@@ -114,38 +120,39 @@ if least then
   return answer('DENY', cmsgpack.pack({told[least], told}))
 end
 
+for _, row in ipairs(rows) do
+  local ask = row.ask
+  if ask and below(row.hi, row.lo, ask.hi, ask.lo) then ask.hi, ask.lo = row.hi, row.lo end
+end
+local granted = {}
 for meter, ask in pairs(asked) do
-  local hi, lo = limbs(ask.ask)
-  for _, row in ipairs(rows) do
-    if row.meter == meter and below(row.hi, row.lo, hi, lo) then hi, lo = row.hi, row.lo end
-  end
-  grant[meter] = decimal(hi, lo)
+  ask.units = decimal(ask.hi, ask.lo)
+  granted[#granted + 1], granted[#granted + 2] = meter, ask.units
 end
 
-local record, exists = {account, call}, {}
+local record, made = {account, call}, {}
 for j, row in ipairs(rows) do
-  local units = row.ask and grant[row.meter] or '0'
-  local hi, lo = limbs(units)
-  told[j][5], told[j][6] = decimal(normal(row.hi - hi, row.lo - lo)), units
-  if row.ask then
-    if exists[row.s] == nil then
-      exists[row.s] = true
-      if row.s ~= other and not (row.used or row.held) then made_by_gate(n, row.s, told[j][1], account) end
+  local ask, mine = row.ask, told[j]
+  if ask then
+    mine[5], mine[6] = decimal(normal(row.hi - ask.hi, row.lo - ask.lo)), ask.units
+    if row.s ~= other and not made[row.s] then
+      made[row.s] = true
+      if not (row.used or row.held) then made_by_gate(n, row.s, row.name, account) end
     end
-    redis.call('HINCRBY', row.s, row.base .. ' h', units)
+    redis.call('HINCRBY', row.s, row.shape.held, ask.units)
     if row.stop and (not row.held or row.stop - at > 31 * 86400) then
-      redis.call('ZADD', fx, 'GT', whole(row.stop), told[j][1] .. ' ' .. row.base)
+      redis.call('ZADD', fx, 'GT', whole(row.stop), row.name .. ' ' .. row.shape.base)
     end
     local r = #record
-    record[r + 1], record[r + 2], record[r + 3] = told[j][1], row.base, units
+    record[r + 1], record[r + 2], record[r + 3] = row.name, row.shape.base, ask.units
+  else
+    mine[5] = decimal(row.hi, row.lo)
   end
 end
-local expires = whole(now_ms + tonumber(ARGV[5]))
-local granted = {}
-for meter, units in pairs(grant) do granted[#granted + 1], granted[#granted + 2] = meter, units end
-redis.call('HSET', h, 'st', 'H', 'exp', expires, 'r', cmsgpack.pack(record))
-redis.call('ZADD', hx, whole(tonumber(expires) + tonumber(ARGV[6])), hold)
-local earlier = cmsgpack.pack({fingerprint, hold, at_us, expires, granted, told})
+local expires = now_ms + tonumber(ARGV[5])
+redis.call('HSET', h, 'st', 'H', 'exp', whole(expires), 'r', cmsgpack.pack(record))
+redis.call('ZADD', hx, whole(expires + tonumber(ARGV[6])), hold)
+local earlier = cmsgpack.pack({fingerprint, hold, at_us, whole(expires), granted, told})
 redis.call('SET', i, earlier, 'PX', whole(math.max(3600000, tonumber(ARGV[5]))))
 counted(g, gate, found)
 return answer('OK', earlier)

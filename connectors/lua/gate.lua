@@ -23,12 +23,12 @@ end
 local function below(ahi, alo, bhi, blo) return ahi < bhi or (ahi == bhi and alo < blo) end
 
 local function decimal(hi, lo)
+  if hi > -9000000 and hi < 9000000 then return string.format('%.0f', hi * LIMB + lo) end -- exact in a double
   local sign = ''
   if hi < 0 then
     sign, hi = '-', -hi
     if lo > 0 then hi, lo = hi - 1, LIMB - lo end
   end
-  if hi == 0 then return sign .. string.format('%.0f', lo) end
   return sign .. string.format('%.0f%09.0f', hi, lo)
 end
 
@@ -36,10 +36,14 @@ local function whole(number) return string.format('%.0f', number) end
 
 -- limit - used - held + more, normalised.
 local function available(limit, used, held, more)
+  used, held, more = used or '0', held or '0', more or '0'
+  if #limit < 16 and #used < 16 and #held < 16 and #more < 16 then -- the sum is exact in a double
+    return normal(0, tonumber(limit) - tonumber(used) - tonumber(held) + tonumber(more))
+  end
   local lhi, llo = limbs(limit)
-  local uhi, ulo = limbs(used or '0')
-  local hhi, hlo = limbs(held or '0')
-  local mhi, mlo = limbs(more or '0')
+  local uhi, ulo = limbs(used)
+  local hhi, hlo = limbs(held)
+  local mhi, mlo = limbs(more)
   return normal(lhi - uhi - hhi + mhi, llo - ulo - hlo + mlo)
 end
 
@@ -142,9 +146,16 @@ end
 
 -- meter -> amount from the arguments; what is not named is `other`.
 local function amounts(first, step, other)
-  local named = {}
+  local named, known = {}, {}
   for i = first, #ARGV, step do named[ARGV[i]] = ARGV[i + 1] end
-  return function(base, old) return named[meter_of(base)] or other or old end
+  return function(base, old)
+    local units = known[base]
+    if units == nil then
+      units = named[meter_of(base)] or other or false
+      known[base] = units
+    end
+    return units or old
+  end
 end
 
 -- A scope that a gate makes counts towards the account's bound until it is swept.
