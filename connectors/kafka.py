@@ -338,11 +338,8 @@ async def current_log(admin: Admin) -> CurrentLog:
     present = await admin.partitions()
     if USAGE.name not in present:
         raise Refused(f"topic {USAGE.name} is not there: run `tollway topics create`")
-    grown = growths(present)
-    for growth in grown:
-        topic = log_topic(growth)
-        if not growth or all((await admin.ends(topic, present[topic])).values()):
-            break
+    grown, growth = growths(present), await open_growth(admin, present)
+    topic = log_topic(growth)
     count, origin = present[topic], epoch_of(await admin.topic_id(USAGE.name))
     wrong = [
         other.name for other in TOPICS[1:] if not _fits(other.name, present.get(other.name), count, len(grown) > 1)
@@ -351,6 +348,15 @@ async def current_log(admin: Admin) -> CurrentLog:
         raise Refused(f"{', '.join(wrong)}: missing or not {count} partitions like {topic}")
     epoch = epoch_of(await admin.topic_id(topic), growth) if growth else origin
     return CurrentLog(topic, growth, count, epoch, origin, present[METER_EVENTS.name])
+
+
+async def open_growth(admin: Admin, present: dict[str, int]) -> int:
+    """The latest growth step whose every partition is open; 0, the first log, where there is no other. `present`: topic → count."""
+    for growth in growths(present):
+        topic = log_topic(growth)
+        if growth and all((await admin.ends(topic, present[topic])).values()):
+            return growth
+    return 0
 
 
 def _fits(topic: str, found: int | None, count: int, grown: bool) -> bool:

@@ -34,10 +34,16 @@ class KafkaRight:
 
 def _topics(**operations: str) -> tuple[KafkaRight, ...]:
     """A worker sees all topics and their settings, since it refuses unsafe ones; what else it may do is named."""
-    extra = {topic.name: operations.get(topic.name.replace(".", "_"), "") for topic in TOPICS}
+    extra = {topic.name: operations.get(topic.name.replace(".", "_"), "").split() for topic in TOPICS}
     return tuple(
-        KafkaRight("topic", name, (*(more.split() or ["Describe"]), "DescribeConfigs")) for name, more in extra.items()
+        KafkaRight("topic", name, (*(more or ["Describe"]), "DescribeConfigs"), name == USAGE.name)
+        for name, more in extra.items()
     )
+
+
+def _log(*operations: str) -> KafkaRight:
+    """A log that has grown is `usage.events.1`, `.2` …: whoever may use one may use the next."""
+    return KafkaRight("topic", USAGE.name, operations, prefixed=True)
 
 
 _HOST = (
@@ -48,7 +54,7 @@ _HOST = (
 CLUSTER = KafkaRight("cluster", "kafka-cluster", ("DescribeConfigs",))
 
 KAFKA: dict[str, tuple[KafkaRight, ...]] = {
-    "emitter": (KafkaRight("topic", USAGE.name, ("Write",)),),
+    "emitter": (_log("Write"),),
     "accounts": (
         *_topics(
             usage_events="Read Write",
@@ -71,10 +77,10 @@ KAFKA: dict[str, tuple[KafkaRight, ...]] = {
         *_HOST,
     ),
     "control": (
-        KafkaRight("topic", USAGE.name, ("Create", "Read", "Write", "DescribeConfigs")),
+        _log("Create", "Read", "Write", "AlterConfigs", "DescribeConfigs"),
         KafkaRight("topic", METER_EVENTS.name, ("Create", "Read", "DescribeConfigs")),
-        KafkaRight("topic", DEAD_LETTERS.name, ("Create", "Read", "DescribeConfigs")),
-        KafkaRight("topic", CHECKPOINTS.name, ("Create", "Read", "Write", "DescribeConfigs")),
+        KafkaRight("topic", DEAD_LETTERS.name, ("Create", "Read", "Alter", "DescribeConfigs")),
+        KafkaRight("topic", CHECKPOINTS.name, ("Create", "Read", "Write", "Alter", "DescribeConfigs")),
         CLUSTER,
     ),
     "look": _topics(usage_events="Read", billing_meter_events="Read", dead_letters="Read", tollway_checkpoints="Read"),

@@ -13,11 +13,11 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource, ResourceType
 
 from tollway.connectors.errors import Refused, Unavailable
-from tollway.connectors.kafka import Admin, epoch_of, read_newest
+from tollway.connectors.kafka import Admin, epoch_of, open_growth, read_newest
 from tollway.connectors.rights import CLUSTER, KAFKA, KafkaRight, kafka_rights
 from tollway.schemas import codec
 from tollway.schemas.command import LogConfig, parse_body
-from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE
+from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE, log_topic
 from tollway.streams.directory import Directory
 from tollway.streams.examination import ALL, CLOCKS_APART_MAX_S, DEADLINE_S, FAILED, Examination, one_line
 from tollway.streams.settings import Settings
@@ -27,7 +27,6 @@ from tollway.streams.wiring import kafka_admin
 
 RECENT_S = 60
 """With workers running a record comes at least every TOLLWAY_TICK_IDLE_S: an older one tells nothing about clocks."""
-OURS = frozenset(topic.name for topic in TOPICS)
 NO_ID = "A" * 22
 """A topic id of zeros: the broker has none."""
 NOT_YET = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
@@ -59,12 +58,19 @@ async def kafka(exam: Examination) -> LogFacts:
         await _broker_settings(exam, admin.client, cluster)
     if not await _topics(exam, cluster, wanted):
         return LogFacts()
-    _replicas(exam, cluster)
-    epoch = await _rights(exam, admin.client, wanted)
-    partitions = len(cluster.topics[USAGE.name].partitions)
+    counts = {name: len(topic.partitions) for name, topic in cluster.topics.items()}
+    growth = await exam.ask("kafka", open_growth(admin, counts), f"allow this user Describe on {USAGE.name}*")
+    if growth is FAILED:
+        return LogFacts()
+    log = log_topic(growth)
+    names = {topic.name: topic.name for topic in TOPICS} | {USAGE.name: log}
+    _replicas(exam, cluster, list(names.values()))
+    topic_id = await _rights(exam, admin.client, wanted, names)
     if may(wanted, "Read", USAGE.name):
-        await _clock(exam, partitions)
-    return await _log(exam, epoch, wanted) if epoch and may(wanted, "Read", CHECKPOINTS.name) else LogFacts()
+        await _clock(exam, log, counts[log])
+    if topic_id is None or not may(wanted, "Read", CHECKPOINTS.name):
+        return LogFacts()
+    return await _log(exam, log, epoch_of(topic_id, growth), wanted)
 
 
 def rights_of(role: str) -> list[KafkaRight]:
@@ -143,21 +149,21 @@ def _log_is_there(exam: Examination, cluster: ClusterMetadata) -> bool:
     return False
 
 
-def _replicas(exam: Examination, cluster: ClusterMetadata) -> None:
+def _replicas(exam: Examination, cluster: ClusterMetadata, topics: list[str]) -> None:
     """Each partition has a leader, as many copies as we want, all of them up to date."""
     least, faults = exam.settings.replication, []
-    for topic in TOPICS:
-        if topic.name not in cluster.topics:
+    for topic in topics:
+        if topic not in cluster.topics:
             continue
-        rows = cluster.topics[topic.name].partitions.values()
+        rows = cluster.topics[topic].partitions.values()
         headless = sorted(row.id for row in rows if row.leader < 0)
         behind = sorted(row.id for row in rows if len(row.isrs) < len(row.replicas))
         if headless:
-            faults.append((f"{topic.name}: no leader for partitions {headless}", "start the brokers that have them"))
+            faults.append((f"{topic}: no leader for partitions {headless}", "start the brokers that have them"))
         elif behind:
-            faults.append((f"{topic.name}: copies of partitions {behind} are behind", "start the missing brokers"))
+            faults.append((f"{topic}: copies of partitions {behind} are behind", "start the missing brokers"))
         if any(len(row.replicas) < least for row in rows):
-            what = f"{topic.name}: less than {least} copies of a partition (TOLLWAY_REPLICATION)"
+            what = f"{topic}: less than {least} copies of a partition (TOLLWAY_REPLICATION)"
             faults.append((what, "reassign its partitions to more brokers"))
     for what, cure in faults:
         exam.ill("kafka", what, cure)
@@ -165,9 +171,14 @@ def _replicas(exam: Examination, cluster: ClusterMetadata) -> None:
         exam.well("kafka", "every partition has its leader and its copies")
 
 
-async def _rights(exam: Examination, client: AdminClient, wanted: list[KafkaRight]) -> str | None:
-    """What the brokers say this user may do with topics and groups; the log's epoch, where it can be told."""
-    rights = {right.name: right for right in wanted if right.kind == "topic" and right.name in OURS}
+async def _rights(
+    exam: Examination, client: AdminClient, wanted: list[KafkaRight], names: dict[str, str]
+) -> str | None:
+    """What the brokers say this user may do with topics and groups; the log's topic id, where it can be told.
+
+    `names`: topic as rights name it → as it is called now.
+    """
+    rights = {names[right.name]: right for right in wanted if right.kind == "topic" and right.name in names}
     asked = client.describe_topics(
         TopicCollection(list(rights)), include_authorized_operations=True, request_timeout=DEADLINE_S
     )
@@ -183,7 +194,7 @@ async def _rights(exam: Examination, client: AdminClient, wanted: list[KafkaRigh
         if missing:
             lacking = True
             exam.ill("kafka", f"this user lacks {' and '.join(missing)} on the topic {name}", cure)
-        if name == USAGE.name:
+        if name == names[USAGE.name]:
             topic_id = str(told.topic_id)
     for right in wanted:
         if right.kind in ("group", "transactional-id"):
@@ -196,7 +207,7 @@ async def _rights(exam: Examination, client: AdminClient, wanted: list[KafkaRigh
         cure = "run Kafka 2.8 or newer: an id tells a recreated log from the old"
         exam.ill("kafka", "the brokers give topics no ids", cure)
         return None
-    return epoch_of(topic_id) if topic_id else None
+    return topic_id or None
 
 
 def upper(operation: str) -> str:
@@ -241,13 +252,13 @@ def _group(client: AdminClient, name: str) -> None:
         return
 
 
-async def _clock(exam: Examination, partitions: int) -> None:
+async def _clock(exam: Examination, log: str, partitions: int) -> None:
     """A broker's clock shows in append times: one in our future is a fault, an old one tells nothing."""
     settings = exam.settings
     newest = await exam.ask(
         "kafka",
-        read_newest(settings.kafka_bootstrap, settings.kafka_security(), USAGE.name, range(partitions), 1),
-        f"see whether its listeners are advertised under addresses that can be reached from here, and that {USAGE.name} can be read",
+        read_newest(settings.kafka_bootstrap, settings.kafka_security(), log, range(partitions), 1),
+        f"see whether its listeners are advertised under addresses that can be reached from here, and that {log} can be read",
     )
     times_ms = [record.timestamp for records in newest.values() for record in records] if newest is not FAILED else []
     if not times_ms:
@@ -261,7 +272,7 @@ async def _clock(exam: Examination, partitions: int) -> None:
         exam.well("kafka", f"its newest record is less than {RECENT_S} s old, none is in our future")
 
 
-async def _log(exam: Examination, epoch: str, wanted: list[KafkaRight]) -> LogFacts:
+async def _log(exam: Examination, topic: str, epoch: str, wanted: list[KafkaRight]) -> LogFacts:
     """Configuration, keys and meters, of partition 0: what concerns all accounts stands in every partition."""
     cure = "see `tollway status`; the state of partition 0 may be too large to read in time"
     found = await exam.ask("log", checkpoints_of(exam.settings, epoch, 1, ["accounts"]), cure)
@@ -274,7 +285,7 @@ async def _log(exam: Examination, epoch: str, wanted: list[KafkaRight]) -> LogFa
     directory = Directory.load(found["accounts", 0].state["directory"])
     facts = LogFacts(directory.config, directory.keys, directory.meters)
     if facts.config is None and may(wanted, "Read", USAGE.name):  # nothing is folded yet: its first record says it
-        first = await exam.ask("log", _opened(exam.settings), "run `tollway topics create`")
+        first = await exam.ask("log", _opened(exam.settings, topic), "run `tollway topics create`")
         if first is FAILED:
             return LogFacts()
         facts.config, facts.keys = first, {first.kid: first.public_key}
@@ -284,14 +295,14 @@ async def _log(exam: Examination, epoch: str, wanted: list[KafkaRight]) -> LogFa
     return facts
 
 
-async def _opened(settings: Settings) -> Any:
+async def _opened(settings: Settings, topic: str) -> Any:
     """The configuration that partition 0 begins with. Raises Refused where its first record is no log.open."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=settings.kafka_bootstrap, enable_auto_commit=False, **settings.kafka_security()
     )
     try:
         await consumer.start()
-        tp = TopicPartition(USAGE.name, 0)
+        tp = TopicPartition(topic, 0)
         consumer.assign([tp])
         if (await consumer.end_offsets([tp]))[tp] == 0:
             raise Refused("partition 0 of the log has no log.open: run `tollway topics create`")

@@ -145,14 +145,16 @@ async def _at_stripe(port: Any, customer: str) -> bool:
 
 
 LACKING = [
-    ("emitter", KafkaRight("topic", USAGE.name, ("Write",)), "topic usage.events is not there, or this user may not see it"),
+    ("emitter", KafkaRight("topic", USAGE.name, ("Write",), prefixed=True), "topic usage.events is not there, or this user may not see it"),
     ("accounts", KafkaRight("topic", DEAD_LETTERS.name, ("Write",)), "dead.letters: it is not there, or this user may not see it"),
-    ("accounts", KafkaRight("topic", USAGE.name, ("Write",)), "lacks Write on the topic usage.events"),
-    ("audit", KafkaRight("topic", USAGE.name, ("DescribeConfigs",)), "the settings of usage.events cannot be read"),
+    ("accounts", KafkaRight("topic", USAGE.name, ("Write",), prefixed=True), "lacks Write on the topic usage.events"),
+    ("audit", KafkaRight("topic", USAGE.name, ("DescribeConfigs",), prefixed=True), "the settings of usage.events cannot be read"),
     ("audit", KafkaRight("group", "tollway.audit", ("Read",)), "allow this user Read on the group tollway.audit"),
     ("stripe", KafkaRight("transactional-id", "stripe-", ("Write",), prefixed=True), "lacks Write on the transactional-id"),
     ("stripe", KafkaRight("group", "tollway-folds-", ("Read",), prefixed=True), "allow this user Read on the group tollway-folds-"),
     ("control", KafkaRight("cluster", "kafka-cluster", ("DescribeConfigs",)), "allow this user DescribeConfigs on the cluster"),
+    ("control", KafkaRight("topic", USAGE.name, ("AlterConfigs",), prefixed=True), "lacks AlterConfigs on the topic usage.events"),
+    ("control", KafkaRight("topic", DEAD_LETTERS.name, ("Alter",)), "lacks Alter on the topic dead.letters"),
     ("look", KafkaRight("topic", CHECKPOINTS.name, ("Read",)), "tollway.checkpoints: it is not there, or this user may not see"),
 ]  # fmt: skip
 
@@ -184,6 +186,18 @@ async def test_who_may_not_write_cannot(site: Site) -> None:
         await producer.stop()
     with pytest.raises(Refused, match="allow this user Create on"):
         await kafka_admin(site.settings("emitter")).create(PARTITIONS, 1)
+
+
+async def test_the_rights_are_enough_to_grow(site: Site) -> None:
+    """Control may close the log for usage and widen what follows it; everybody's rights hold for the next log too."""
+    admin = kafka_admin(site.settings("control"))
+    limit = (await admin.settings_of(USAGE.name))["max.message.bytes"]
+    await admin.set(USAGE.name, "max.message.bytes", limit)
+    for topic in (CHECKPOINTS.name, DEAD_LETTERS.name):
+        with pytest.raises(Refused, match="INVALID_PARTITIONS"):  # it may; as many as there are is what cannot be
+            await admin.widen(topic, PARTITIONS)
+    for role, rights in KAFKA.items():
+        assert all(right.prefixed for right in rights if right.name == USAGE.name), role
 
 
 WRONG = [
@@ -320,7 +334,7 @@ def test_rights_of_several_roles_are_one_a_resource() -> None:
     union = kafka_rights(KAFKA)
     assert len({(right.kind, right.name) for right in union}) == len(union)
     usage = next(right for right in union if right.name == USAGE.name)
-    assert set(usage.operations) == {"Create", "Read", "Write", "Describe", "DescribeConfigs"}
+    assert set(usage.operations) == {"Create", "Read", "Write", "AlterConfigs", "Describe", "DescribeConfigs"}
 
 
 def test_an_unknown_role() -> None:
