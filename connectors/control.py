@@ -10,7 +10,7 @@ from aiokafka.errors import MessageSizeTooLargeError
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from tollway.connectors.errors import Refused
+from tollway.connectors.errors import Refused, Unavailable
 from tollway.schemas import codec
 from tollway.schemas.command import HEADER_KEY, HEADER_SIGNATURE, CommandError, body_text, check_body
 from tollway.schemas.lane import lane, partition
@@ -84,7 +84,10 @@ class Control:
     async def send(
         self, account: str, kind: str, body: dict[str, Any], command_id: str | None = None
     ) -> dict[int, int]:
-        """Sign and append one command; returns partition → offset once every broker has it."""
+        """Sign and append one command; returns partition → offset once every broker has it.
+
+        Raises Refused where the fold would refuse it, Unavailable where the log is giving way to a larger one.
+        """
         everywhere = account == BROADCAST
         targets = list(range(self._partitions)) if everywhere else [partition(lane(account), self._partitions)]
         return await self._append(account, kind, body, command_id or self._new_id(), targets)
@@ -108,6 +111,6 @@ class Control:
         try:
             return {metadata.partition: metadata.offset for metadata in [await future for future in sent]}
         except MessageSizeTooLargeError as error:
-            raise Refused(
+            raise Unavailable(
                 f"{self._topic} takes no commands, its log grows: say it again behind `topics grow`"
             ) from error

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tollway.connectors.cloudevents import parse
-from tollway.connectors.control import Control
 from tollway.connectors.errors import Unavailable
 from tollway.schemas.command import TEXT_MAX, body_text
 from tollway.schemas.topics import BROADCAST
@@ -27,6 +26,8 @@ OBJECT_BYTES_MAX = 32 << 10
 
 log = logging.getLogger(__name__)
 
+Send = Callable[[str, str, dict[str, Any], str], Awaitable[dict[int, int]]]
+"""account, kind, body, command id → partition → offset of the signed command. Raises Unavailable."""
 AccountOf = Callable[[str], Awaitable[str | None]]
 """Customer → account, None where no account is bound to it. Raises Unavailable."""
 
@@ -34,8 +35,8 @@ AccountOf = Callable[[str], Awaitable[str | None]]
 class StripeWebhook:
     """Handles one delivery: 200 once it is in the log or is none of ours, 400 for a bad signature, 503 to be sent again."""
 
-    def __init__(self, secret: str, control: Control, account_of: AccountOf) -> None:
-        self._secret, self._control, self._account_of = secret, control, account_of
+    def __init__(self, secret: str, send: Send, account_of: AccountOf) -> None:
+        self._secret, self._send, self._account_of = secret, send, account_of
 
     async def __call__(self, body: bytes, request: Request) -> Response:
         try:
@@ -59,7 +60,7 @@ class StripeWebhook:
         if account is None:
             log.info("webhook %s: customer %s is bound to no account", event["event_id"], customer)
             return JSONResponse({"status": "ignored", "detail": f"customer {customer} is bound to no account"})
-        where = await self._control.send(account, "rail.event", event, f"stripe-{event['event_id']}")
+        where = await self._send(account, "rail.event", event, f"stripe-{event['event_id']}")
         return JSONResponse({"status": "recorded", "account": account, "partitions": len(where)})
 
 

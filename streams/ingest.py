@@ -7,10 +7,11 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import uvicorn
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from tollway.connectors.bindings import Bindings
 from tollway.connectors.control import Control, Signer
@@ -18,7 +19,7 @@ from tollway.connectors.errors import Refused, Unavailable
 from tollway.connectors.identity import Bearer
 from tollway.connectors.ingest import Ingest
 from tollway.connectors.jwks import Jwks
-from tollway.connectors.kafka import CurrentLog, current_log, started_producer
+from tollway.connectors.kafka import Admin, CurrentLog, current_log, started_producer
 from tollway.connectors.principal import bound_by
 from tollway.connectors.stripe_webhook import PATH, StripeWebhook
 from tollway.schemas.lane import lane, partition
@@ -32,23 +33,69 @@ log = logging.getLogger(__name__)
 CONNECTIONS_MAX = 1_000
 """Requests at a time; beyond it callers get 503 at once."""
 GRACE_S = 5
+GROWN_LOOK_S = 1.0
+"""While a log refuses usage and no other is open, one is looked for no more often than this."""
 CUSTOMERS_S = 30.0
 """The book of customers is read again for an unknown one, but not more often than this."""
+
+
+class OpenLog:
+    """The log that takes usage now. One that gives way to a larger one refuses it, and then another is looked for."""
+
+    def __init__(self, admin: Admin, log: CurrentLog) -> None:
+        self._admin, self.now = admin, log
+        self._looking = asyncio.Lock()
+        self._looked_at = float("-inf")
+
+    async def moved(self, log: CurrentLog) -> bool:
+        """Whether there is another than this one, which refused. Raises Unavailable."""
+        async with self._looking:
+            if self.now is log and time.monotonic() - self._looked_at >= GROWN_LOOK_S:
+                self.now = await current_log(self._admin)
+                self._looked_at = time.monotonic()
+        return self.now.epoch != log.epoch
 
 
 class KafkaLog:
     """Usage to its account's partition."""
 
-    def __init__(self, producer: AIOKafkaProducer, log: CurrentLog) -> None:
+    def __init__(self, producer: AIOKafkaProducer, log: OpenLog) -> None:
         self._producer, self._log = producer, log
 
     async def append(self, account: str, value: bytes) -> None:
         """Returns once the broker has it. Raises Unavailable."""
-        home = partition(lane(account), self._log.partitions)
-        try:
-            await self._producer.send_and_wait(self._log.topic, value, key=account.encode(), partition=home)
-        except KafkaError as error:
-            raise Unavailable(f"Kafka has not taken it: {error}") from error
+        while True:
+            log = self._log.now
+            home = partition(lane(account), log.partitions)
+            try:
+                await self._producer.send_and_wait(log.topic, value, key=account.encode(), partition=home)
+            except MessageSizeTooLargeError as error:
+                if not await self._log.moved(log):
+                    raise Unavailable(f"{log.topic} takes no usage, its log grows: send it again") from error
+            except KafkaError as error:
+                raise Unavailable(f"Kafka has not taken it: {error}") from error
+            else:
+                return
+
+
+class Pen:
+    """Commands into the log that takes them now."""
+
+    def __init__(self, producer: AIOKafkaProducer, signer: Signer, log: OpenLog) -> None:
+        self._producer, self._signer, self._log = producer, signer, log
+
+    async def send(self, account: str, kind: str, body: dict[str, Any], command_id: str) -> dict[int, int]:
+        """As `Control.send`. Raises Unavailable."""
+        while True:
+            log = self._log.now
+            control = Control(self._producer, self._signer, log.partitions, new_command_id, topic=log.topic)
+            try:
+                return await control.send(account, kind, body, command_id)
+            except Unavailable:
+                if not await self._log.moved(log):
+                    raise
+            except KafkaError as error:
+                raise Unavailable(f"Kafka has not taken it: {error}") from error
 
 
 class Customers:
@@ -78,7 +125,8 @@ async def ingest_of(settings: Settings) -> AsyncIterator[Ingest]:
             raise Refused(f"TOLLWAY_INGEST_{name.upper()} is empty: who may record usage would not be known")
     secret = settings.stripe_webhook_secret.get_secret_value()
     signer = Signer.read(settings.data / "control.key") if secret else None
-    log = await current_log(kafka_admin(settings))
+    admin = kafka_admin(settings)
+    log = OpenLog(admin, await current_log(admin))
     redis = redis_client(settings)
     producer = await started_producer(settings.kafka_bootstrap, settings.kafka_security(), linger_ms=2)
     try:
@@ -91,8 +139,8 @@ async def ingest_of(settings: Settings) -> AsyncIterator[Ingest]:
         attributes = frozenset(name.strip() for name in settings.ingest_attributes.split(",") if name.strip())
         ingest = Ingest(KafkaLog(producer, log), identity, attributes)
         if signer is not None:
-            control = Control(producer, signer, log.partitions, new_command_id, topic=log.topic)
-            ingest.webhooks[PATH] = StripeWebhook(secret, control, Customers(settings).account_of)
+            pen = Pen(producer, signer, log)
+            ingest.webhooks[PATH] = StripeWebhook(secret, pen.send, Customers(settings).account_of)
         yield ingest
     finally:
         await producer.stop()
