@@ -58,6 +58,7 @@ class Sizes:
             events=0,
             accounts=self.accounts,
             principals_each=self.principals_each,
+            partitions=self.partitions,
             billing_window_s=self.billing_window_s,
             billing_grace_s=self.billing_grace_s,
             snapshot_s=self.snapshot_s,
@@ -68,7 +69,7 @@ class Sizes:
 
     def of_log(self) -> dict[str, str]:
         """Settings of the new log, for the environment."""
-        told = {"STEP_S": self.step_s, "HOLD_GRACE_S": self.hold_grace_s, "PARTITIONS": self.partitions}
+        told = {"STEP_S": self.step_s, "HOLD_GRACE_S": self.hold_grace_s}
         return {f"TOLLWAY_{name}": str(value) for name, value in told.items()}
 
     def plans(self) -> list[Plan]:
