@@ -17,7 +17,7 @@ from tests.crash_targets import SERVERS, SERVES, Target
 
 POLL_S, BUSY_POLL_S = 0.05, 0.1
 BUSY_WAIT_S = 20.0
-"""So long a strike waits for its process to have work; then it hits an idle one, and says so."""
+"""So long a strike waits for its process to have work; one that has none by then is passed over, and nothing is spent."""
 AGAIN_S = (0.2, 2.5)
 """Behind a strike, where the next one does not wait for its end."""
 SIGKILL, SIGSTOP = "SIGKILL", "SIGSTOP"
@@ -129,10 +129,9 @@ class Striker(threading.Thread):
         how = SIGKILL if name in self._stopped else self.ways.draw()
         target = self.targets[name]
         partitions, lag = self._await_work(target, again)
-        pid = target.pid()
-        if pid is None or self._ended.is_set() or not self.budget.take():
+        pid, recovering = target.pid(), self._recovering(name)
+        if pid is None or self._ended.is_set() or not (lag or recovering) or not self.budget.take():
             return
-        recovering = self._recovering(name)
         kept = Strike(
             name,
             self.plan.group,
