@@ -18,7 +18,7 @@ from mode import Service
 
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.connectors.hush import hush
-from tollway.connectors.kafka import CurrentLog, current_log
+from tollway.connectors.kafka import CurrentLog, current_log, open_growth
 from tollway.streams.accounts import AccountsFold, billing, quota
 from tollway.streams.audit_fold import AuditFold, audit
 from tollway.streams.engine import Engine
@@ -28,7 +28,7 @@ from tollway.streams.seat import Absence, Seat, answers, run_seats, wait_for_kaf
 from tollway.streams.settings import Settings
 from tollway.streams.stripe_fold import StripeFold, stripe
 from tollway.streams.wiring import Parts, kafka_admin
-from tollway.streams.worker import Health, Replica, engine_config, public_key_of, tune_collector
+from tollway.streams.worker import Health, Replica, collect_cycles, engine_config, public_key_of, tune_collector
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +124,12 @@ class Host:
             health = Health(settings.health_port, [seat.health for seat in self._seats], parts.figures())
             await health.start()
             watch = asyncio.create_task(self._until_grown(), name="log")
+            collecting = asyncio.create_task(collect_cycles(), name="collector")
             try:
                 await run_seats(self._seats)
             finally:
                 watch.cancel()
+                collecting.cancel()
                 await health.stop()
             if watch.done() and not watch.cancelled():
                 raise Unavailable(watch.result())
@@ -141,8 +143,9 @@ class Host:
             await asyncio.sleep(LOOK_S)
             former: CurrentLog | None = self._made.get("log")
             with suppress(TollwayError):  # Kafka is away, perhaps: the engines say so
-                log = await current_log(admin)
-                if former is not None and log.growth > former.growth:
+                # confluent-kafka never frees a topic id that it was told: they are asked for when something has changed.
+                if former is not None and await open_growth(admin, await admin.partitions()) > former.growth:
+                    log = await current_log(admin)
                     for seat in self._seats:
                         await seat.stop()
                     return grown(former, log)

@@ -33,9 +33,11 @@ FOLD_V2: Edits = {
             "def sums(batch: Batch, meters: set[str], window_s: int)",
             "def sums(batch: Batch, meters: set[str], window_s: int, version: int)",
         ),
+        ("billed = _billed(batch)", "billed = _billed(batch, version)"),
+        ("def _billed(batch: Batch)", "def _billed(batch: Batch, version: int)"),
         (
-            'pc.equal(usage.column("status"), BILLED_STATUS)',
-            'pc.is_in(usage.column("status"), pa.array([BILLED_STATUS] + ["error"] * (version > 1)))',
+            'pc.equal(batch.usage.column("status"), BILLED_STATUS)',
+            'pc.is_in(batch.usage.column("status"), pa.array([BILLED_STATUS] + ["error"] * (version > 1)))',
         ),
         (
             "in sums(batch, meters, config.billing_window_s):",

@@ -23,7 +23,7 @@ from tests.prove_scale import Scale, as_told
 from tollway.connectors.embedded.process import LOOPBACK, Child, poll
 from tollway.streams.local import worker_child
 
-LOOK_S = 2.0
+LOOK_S = 0.5
 """How often every total in Redis is looked at: none may ever go back."""
 DRIVE_S = 0.5
 REST_S = 3.0
