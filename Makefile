@@ -30,6 +30,9 @@ prove: .venv/.dev ## fifty thousand calls under kill -9, compared to the unit; E
 crash: .venv/.dev ## KILLS=1000 of every process at random moments, with zombies, again while it recovers; [SEED=1] [OUT=report.json]
 	$(BIN)/python -m tests.crash --kills $(or $(KILLS),1000) --seed $(or $(SEED),1) $(if $(OUT),--out $(OUT))
 
+reshape: .venv/.dev ## workers come and go, a newer build takes over, the log grows, each under load with the oracle on: 8 minutes
+	$(BIN)/python -m pytest -m campaign
+
 soak: .venv/.dev ## MINUTES=20 at a third of the top rate: no process's memory may grow; OUT=docs/memory keeps figures and picture
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20) $(if $(OUT),--out $(OUT))
 

@@ -33,7 +33,6 @@ def report() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.campaign
 def test_nothing_is_lost_doubled_or_overspent(report: dict[str, Any]) -> None:
     """Redis, ClickHouse, Stripe, dead letters and gates hold what the oracle computes from journals and log."""
     assert report["verdict"]["differences"] == []
@@ -43,7 +42,6 @@ def test_nothing_is_lost_doubled_or_overspent(report: dict[str, Any]) -> None:
     assert report["ok"]
 
 
-@pytest.mark.campaign
 def test_processes_died_slept_and_died_again(report: dict[str, Any]) -> None:
     """Two dozen strikes, zombies among them, some before the last was over; each says its moment and what lay before it."""
     strikes = report["strikes"]
@@ -56,7 +54,6 @@ def test_processes_died_slept_and_died_again(report: dict[str, Any]) -> None:
     assert all(strike["at"] and strike["recovered_s"] is not None for strike in strikes)
 
 
-@pytest.mark.campaign
 def test_every_side_was_looked_at_meanwhile(report: dict[str, Any]) -> None:
     """The oracle is held against each side while processes die, not at the end alone."""
     assert all(report["looks"][side] >= 5 for side in ("redis", "clickhouse", "rail", "dead letters", "gate"))
@@ -65,7 +62,6 @@ def test_every_side_was_looked_at_meanwhile(report: dict[str, Any]) -> None:
     assert report["seals"]["ok"]
 
 
-@pytest.mark.campaign
 def test_the_page_tells_the_report(report: dict[str, Any]) -> None:
     """Whoever reads the page sees the count of kills, every process, every side and the versions; red says so."""
     told = page(report, "crash/report.json")

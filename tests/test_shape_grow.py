@@ -62,6 +62,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**asdict(site.run()), "heard": site.heard, "said": said}
 
 
+@pytest.mark.campaign
 def test_nothing_is_lost_and_nothing_is_doubled(report: dict[str, Any]) -> None:
     """Every unit once on every side, no total ever back, the bill's deltas one row an account across both logs."""
     assert report["verdict"]["differences"] == []
@@ -69,6 +70,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(report: dict[str, Any]) -> None:
     assert (report["lost"], report["doubled"], report["overspent"]) == (0, 0, 0)
 
 
+@pytest.mark.campaign
 def test_both_logs_are_proven(report: dict[str, Any]) -> None:
     """`audit verify` is green over both, each partition of each; the new log folds again to what its workers sealed."""
     assert report["audit"]["ok"]
@@ -77,6 +79,7 @@ def test_both_logs_are_proven(report: dict[str, Any]) -> None:
     assert report["seals"]["ok"], report["seals"]
 
 
+@pytest.mark.campaign
 def test_what_was_killed_is_finished_by_the_next_run(report: dict[str, Any]) -> None:
     """Killed twice on its way, the command ends where it should; said again, it finds nothing to do."""
     assert all(report["heard"][line] for line in KILLED_AT)
@@ -84,6 +87,7 @@ def test_what_was_killed_is_finished_by_the_next_run(report: dict[str, Any]) -> 
     assert report["heard"]["again"]["grown"] is False
 
 
+@pytest.mark.campaign
 def test_another_count_than_the_log_has_is_refused(report: dict[str, Any]) -> None:
     """One sentence, and nothing was changed: the traffic went on."""
     assert "FROM is 4: the log has 8 partitions" in report["heard"]["refused"]

@@ -33,6 +33,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**asdict(site.run()), "took": site.taken, "said": said}
 
 
+@pytest.mark.campaign
 def test_nothing_is_lost_and_nothing_is_doubled(report: dict[str, Any]) -> None:
     """Redis, ClickHouse, Stripe and the dead letters hold what the oracle computes; the audit log and the refolded log agree."""
     assert report["verdict"]["differences"] == []
@@ -42,6 +43,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(report: dict[str, Any]) -> None:
     assert report["seals"]["ok"]
 
 
+@pytest.mark.campaign
 def test_both_changes_fell_into_the_traffic(report: dict[str, Any]) -> None:
     """Four shared every group, then one had all of it, while calls were being made."""
     assert set(report["took"]) == {"two workers become four", "four become one"}

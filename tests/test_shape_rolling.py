@@ -92,6 +92,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     oracle_wire.USAGE_IDS.discard(TEAM_ID)
 
 
+@pytest.mark.campaign
 def test_nothing_is_lost_and_nothing_is_doubled(report: dict[str, Any]) -> None:
     """Every unit under the schema and the fold of its place in the log, on every side."""
     assert report["verdict"]["differences"] == []
@@ -100,18 +101,21 @@ def test_nothing_is_lost_and_nothing_is_doubled(report: dict[str, Any]) -> None:
     assert report["audit"]["ok"]
 
 
+@pytest.mark.campaign
 def test_the_log_folds_again_to_what_both_builds_sealed(report: dict[str, Any]) -> None:
     """The newer build folds the log from its first record, changes at the same one, and meets every hash."""
     assert report["seals"]["ok"], report["seals"]
     assert report["seals"]["sealed"] > 0
 
 
+@pytest.mark.campaign
 def test_the_change_waits_for_every_worker(report: dict[str, Any]) -> None:
     """Asked for while older builds' checkpoints stand, the change is refused by the partitions that are not ready."""
     assert "written by workers that know versions up to 1: deploy the newer build" in report["heard"]["early"]["error"]
     assert report["heard"]["change"]["version"] == NEWER
 
 
+@pytest.mark.campaign
 def test_the_newer_column_is_there_where_it_was_emitted(report: dict[str, Any]) -> None:
     """ClickHouse got its column before any worker wrote it."""
     assert report["heard"]["migrated"]["applied"] == ["0999_team.sql"]
