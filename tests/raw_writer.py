@@ -11,7 +11,7 @@ from confluent_kafka import Message, Producer
 
 from tests.load import World, emitted_fields, traffic
 from tests.load_poison import Raw, source_id, target
-from tests.oracle_book import Record
+from tests.oracle_book import GROWN, Record
 from tests.oracle_wire import USAGE_ID, Refused, frame, lane, unframe
 
 TOPIC = "usage.events"
@@ -34,7 +34,9 @@ class JournalFile:
 class RawWriter:
     """An idempotent confluent-kafka producer; every record goes to the partition that it is told."""
 
-    def __init__(self, bootstrap: str, journal: Path, partitions: int) -> None:
+    def __init__(self, bootstrap: str, journal: Path, partitions: int, growth: int = 0) -> None:
+        """`growth`: how often the log has grown; the journal names its partitions as the oracle does."""
+        self.topic, self.base = f"{TOPIC}.{growth}" if growth else TOPIC, growth * GROWN
         self.producer = Producer(
             {
                 "bootstrap.servers": bootstrap,
@@ -53,7 +55,7 @@ class RawWriter:
         tag = raw.tag or f"{self.name}.{self.written}"
         self.journal.line(b=tag, raw=kind, want=raw.want)
         self.producer.produce(
-            TOPIC,
+            self.topic,
             value=raw.value,
             key=raw.key,
             partition=target(raw, self.partitions) if partition is None else partition,
@@ -64,7 +66,7 @@ class RawWriter:
 
     def _delivered(self, tag: str, error: Any, message: Message) -> None:
         if error is None:
-            self.journal.line(r=tag, p=message.partition(), o=message.offset())
+            self.journal.line(r=tag, p=self.base + message.partition(), o=message.offset())
 
     def flush(self, deadline_s: float = 30.0) -> None:
         left = self.producer.flush(deadline_s)

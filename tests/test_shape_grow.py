@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.oracle import Court
+from tests.oracle_book import Record
 from tests.prove_emitters import ROOT
+from tests.prove_scale import EMITTERS, THREADS
+from tests.raw_writer import RawWriter, copies
 from tests.reshaping import Reshaping, Step, modest
 
 BEFORE, AFTER = 8, 32
+COPY_SHARE, COPIES_LEAST = 0.3, 30
 WORKERS = ["worker-all", "worker-all-1"]
 KILLED_AT = ("takes no usage any more", "states cut into")
 """Lines of its progress after which the command is killed: the brokers refuse usage; the new states are written."""
@@ -31,7 +36,9 @@ class Growing(Reshaping):
             *(Step(f"growing is killed: {line}", lambda _, line=line: self.killed(line)) for line in KILLED_AT),  # type: ignore[misc]
             Step("growing", self.grown),
             Step("workers go over", lambda _: self.spread(WORKERS, AFTER, billing=BEFORE)),
+            Step("the new log gets what the old one has", lambda _: self.sent_again()),
         ]
+        self.old: list[Record] = []
         super().__init__(data, 1, modest(2, BEFORE), steps, said.append)
         self.heard: dict[str, Any] = {}
 
@@ -47,6 +54,21 @@ class Growing(Reshaping):
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         self.heard[line] = heard
+
+    def _follow(self, court: Court) -> list[Record]:
+        """Remembers what the old log has."""
+        found = super()._follow(court)
+        self.old += [] if "grown" in self.heard else found
+        return found
+
+    def sent_again(self) -> None:
+        """As a producer does that never heard the old log's answer: what was counted there counts no second time."""
+        writers = {f"e{index}t{thread}" for index in range(EMITTERS) for thread in range(THREADS)}
+        raw = RawWriter(self.stack.endpoints.kafka_bootstrap, self.journals / "again.jsonl", AFTER, growth=1)
+        for copy, _ in copies(self.old, self.random, COPY_SHARE, writers):
+            raw.write(copy, "copy")
+        raw.close()
+        self.heard["again"] = {**self.heard["again"], "copies": raw.written}
 
     def grown(self, _: object) -> None:
         """To its end; then once more, which does nothing."""
@@ -85,6 +107,7 @@ def test_what_was_killed_is_finished_by_the_next_run(report: dict[str, Any]) -> 
     assert all(report["heard"][line] for line in KILLED_AT)
     assert (report["heard"]["grown"]["grown"], report["heard"]["grown"]["partitions"]) == (True, AFTER)
     assert report["heard"]["again"]["grown"] is False
+    assert report["heard"]["again"]["copies"] >= COPIES_LEAST
 
 
 @pytest.mark.campaign
