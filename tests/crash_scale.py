@@ -9,6 +9,8 @@ from tests.prove_scale import Scale
 GROUPS = ("accounts", "audit", "stripe")
 SERVER_NAMES = ("valkey", "clickhouse", "stripe", "valkey", "clickhouse", "stripe", "kafka")
 """Who is struck how often: what needs the broker is everything, and all of it starts anew."""
+SERVICE_SHARE = 0.25
+"""Of all strikes, on emitters and on gates each: they need no partition back, and are ready again first."""
 WAIT_FOR_HOLDS_FROM = 200
 """A campaign of so many strikes also waits until abandoned holds have expired."""
 
@@ -79,7 +81,7 @@ class Sizes:
             Plan(group, tuple(scale.workers(group)), self.worker_gap_s, stops=0.6, again=self.again) for group in GROUPS
         ]
         services = [
-            Plan(kind, names, self.service_gap_s, stops=0.4, again=self.again, apart=True)
+            Plan(kind, names, self.service_gap_s, stops=0.4, again=self.again, share=SERVICE_SHARE, apart=True)
             for kind, names in (("emitters", self.emitter_names), ("gates", self.gate_names))
         ]
         return [

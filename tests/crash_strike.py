@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -51,6 +52,8 @@ class Plan:
     again: float = 0.3
     """Probability that the next strike does not wait until this one is over."""
     stop_s: tuple[float, float] = (2.0, 5.0)
+    share: float = 1.0
+    """Most of all strikes that may fall on it: who comes back at once would else take them from those who need seconds."""
     apart: bool = False
     """Each of them has work of its own: one does not wait for another's recovery."""
 
@@ -59,12 +62,17 @@ class Budget:
     """How many strikes there are to be, all groups together."""
 
     def __init__(self, strikes: int) -> None:
-        self._left, self._lock = strikes, threading.Lock()
+        self._strikes, self._left, self._lock = strikes, strikes, threading.Lock()
+        self._taken: Counter[str] = Counter()
 
-    def take(self) -> bool:
+    def take(self, plan: Plan) -> bool:
+        """Whether one is left, for this group too."""
         with self._lock:
+            if self._left <= 0 or self._taken[plan.group] >= plan.share * self._strikes:
+                return False
             self._left -= 1
-            return self._left >= 0
+            self._taken[plan.group] += 1
+            return True
 
     @property
     def spent(self) -> bool:
@@ -130,7 +138,7 @@ class Striker(threading.Thread):
         target = self.targets[name]
         partitions, lag = self._await_work(target, again)
         pid, recovering = target.pid(), self._recovering(name)
-        if pid is None or self._ended.is_set() or not (lag or recovering) or not self.budget.take():
+        if pid is None or self._ended.is_set() or not (lag or recovering) or not self.budget.take(self.plan):
             return
         kept = Strike(
             name,

@@ -40,7 +40,7 @@ HOURS = {"counts": [{"meter": "calls", "windows": ["h", "d", "M"], "scopes": ["a
 """No minutes: those are kept for hours in the fold and for a day in Redis, which is growth by design until the oldest go."""
 BURST_S, SHARE = 20.0, 3
 SAMPLE_S = 5.0
-WARM_UP_MINUTES = 6.0
+WARM_UP_MINUTES = 12.0
 """Cut off: heaps, arenas and caches fill up to their bounds first (the JVM's young generation, the engine's mark cache,
 Arrow's pools, a spool's first segments), and the burst that measured the top rate is given back."""
 TOUCHED = {"JAVA_TOOL_OPTIONS": "-XX:+AlwaysPreTouch"}

@@ -47,7 +47,7 @@ def test_processes_died_slept_and_died_again(report: dict[str, Any]) -> None:
     strikes = report["strikes"]
     zombies = [strike for strike in strikes if strike["how"] == SIGSTOP and strike["process"].startswith("worker")]
     assert len(strikes) == KILLS >= 20
-    assert len(zombies) >= 4
+    assert len(zombies) >= 3
     assert all(strike["stopped_s"] * 1000 > report["sizes"]["session_timeout_ms"] for strike in zombies)
     assert sum(strike["in_recovery"] for strike in strikes) >= 2
     assert {strike["group"] for strike in strikes} >= set(GROUPS)

@@ -340,6 +340,25 @@ async def test_a_flushed_redis_is_cold_until_rewritten_and_told_its_holds(fold: 
     assert [(await gate.authorize(ask(n))).allowed for n in (6, 5)] == [False, True]
 
 
+async def test_a_grant_stands_while_its_gate_has_yet_to_tell_its_holds(fold: FoldedLane, gates: Any) -> None:
+    """A call that was asked before its gate knew the lane is granted after a rewrite: it waits for no re-assertion, its hold is
+    remembered, and the keeper tells the older one."""
+    await fold.ready(("acct", "calls", "h", 10))
+    gate = gates()
+    await gate.authorize(ask(2))
+    memory = gate._memory.lane("acme")
+    former, memory.gen = memory.gen, ""  # as in a gate's first call
+    await fold.client.flushdb()
+    await fold.ready(("acct", "calls", "h", 10))
+    late = asyncio.create_task(gate.authorize(ask(3)))
+    await asyncio.sleep(0)  # it is packed
+    memory.gen = former  # another call's answer came first
+    decision = await late
+    assert (decision.allowed, gate.stats()["open"]) == (True, 2)
+    await until(lambda: gate.stats()["restored"] == 1, "the older hold is told")
+    assert await fold.held() == 5
+
+
 async def test_an_older_copy_of_redis_is_noticed_by_the_first_gate_that_misses_a_write(
     fold: FoldedLane, gates: Any
 ) -> None:

@@ -23,9 +23,9 @@ MORE = 2 * PARTITIONS
 
 
 @pytest.fixture
-async def edge(tmp_path: Path, valkey: ValkeyServer) -> AsyncIterator[Edge]:
-    """On a broker of its own: the test closes the log."""
-    with KafkaBroker(tmp_path / "kafka") as broker, issuing() as issuer:
+async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
+    """On parts of its own: the test closes the log."""
+    with KafkaBroker(tmp_path / "kafka") as broker, ValkeyServer(tmp_path / "valkey") as valkey, issuing() as issuer:
         made = Settings(data=tmp_path, kafka_bootstrap=broker.bootstrap, partitions=PARTITIONS, replication=1)
         done = await create(made)
         site = Site(tmp_path, broker.bootstrap, valkey.url, issuer, done["epoch"])
