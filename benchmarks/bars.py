@@ -47,6 +47,16 @@ def growth(found: Found) -> float:
     return float(max(series["growth_a_second"] for series in found["live"]["lag_s"].values()))
 
 
+def decisions(found: Found) -> float:
+    """A second: authorize and capture are a decision each."""
+    return 2 * float(found["authorize + capture"]["a_second"])
+
+
+def times_incr(found: Found) -> float:
+    """authorize's p99 by that of a plain INCR under the same load."""
+    return float(found["authorize"]["p99_ms"] / found["INCR"]["p99_ms"])
+
+
 FETCH = "aiokafka makes a Python object of each record: fetching is the largest share; then decoding, then the fold"
 NEW_KEYS = "each event makes new keys: their strings, their place in the tables, and two new fields in Redis"
 TWO_CORES = "the cores: broker, Valkey, ClickHouse and producers take theirs of the same two"
@@ -75,6 +85,13 @@ BARS = (
         "one HSET of absolute totals a scope; writing them to the append-only file"),
     Bar("a gate beside it, p50", "apply", at("gate_p50_ms"), 0.5, False, "ms", "a round trip, redis-py's part in Python"),
     Bar("… p99", "apply", at("gate_p99_ms"), 5, False, "ms", "waiting behind a flight of eight calls, and for a core"),
+    Bar("50 callers of a gate, five scopes, beside 20,000 applied/s", "gate", decisions, 5_000, True, "decisions/s",
+        "one Python process of callers and Valkey, half of each pair's time in each, beside the fold on the same two cores"),
+    Bar("… authorize's p99, times a plain INCR's", "gate", times_incr, 3, False, "×", "waiting: all callers ask at once"),
+    Bar("ASGI middleware adds, metering, p50", "asgi", at("median", "metered_added_p50_us"), 150, False, "µs",
+        "building the event and one write(2)"),
+    Bar("… and a gate's call, p50", "asgi", at("median", "gated_added_p50_us"), 1_000, False, "µs",
+        "one round trip, and the decision as values"),
     Bar("emit() at 20,000/s, p50", "emit", at("median", "20000", "p50_us"), 20, False, "µs",
         "encoding, and one write(2) to the spool"),
     Bar("… p99", "emit", at("median", "20000", "p99_us"), 100, False, "µs", "the sender's turns in the same loop"),
