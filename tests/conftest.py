@@ -16,13 +16,14 @@ settings.register_profile("shared machine", deadline=None)  # an example that is
 settings.load_profile("shared machine")
 
 LONG_FIRST = (
-    "test_prove.py", "test_crash.py", "test_failover.py", "test_kafka_away.py", "test_security.py",
+    "test_prove.py", "test_failover.py", "test_kafka_away.py", "test_security.py", "test_crash.py",
     "test_clickhouse_away.py", "test_redis_away.py", "test_rebuild.py", "test_compressed_day.py", "test_demo.py",
     "test_hard_emitters.py",
     "test_doctor.py", "test_embedded.py", "test_ingest.py", "test_compose.py", "test_stripe_away.py",
     "test_engine.py",
 )  # fmt: skip
-"""Files that take long, begun before the others, so that no process ends alone with one of them."""
+"""Files that take long, begun before the others, so that no process ends alone with one of them; the two that kill a whole
+stack not beside each other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
