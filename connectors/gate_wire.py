@@ -104,7 +104,7 @@ class PooledWire:
             url,
             max_connections=CONNECTIONS_MAX,
             timeout=STUCK_S,
-            socket_timeout=None,  # one for each reply would be half of its cost: a packet has STUCK_S
+            socket_timeout=None,  # no timer for each reply: a packet has STUCK_S
             socket_connect_timeout=STUCK_S,
             retry=Retry(NoBackoff(), 0),
         )

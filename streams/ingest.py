@@ -6,8 +6,9 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import uvicorn
 from aiokafka import AIOKafkaProducer
@@ -30,6 +31,8 @@ from tollway.streams.wiring import kafka_admin, redis_client
 
 log = logging.getLogger(__name__)
 
+Sent = TypeVar("Sent")
+
 CONNECTIONS_MAX = 1_000
 """Requests at a time; beyond it callers get 503 at once."""
 GRACE_S = 5
@@ -47,7 +50,19 @@ class OpenLog:
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
 
-    async def moved(self, log: CurrentLog) -> bool:
+    async def into(self, send: Callable[[CurrentLog], Awaitable[Sent]]) -> Sent:
+        """What `send` gives for the log that takes it. Raises Unavailable while none does, or Kafka is away."""
+        while True:
+            log = self.now
+            try:
+                return await send(log)
+            except (MessageSizeTooLargeError, Unavailable) as error:
+                if not await self._moved(log):
+                    raise Unavailable(f"{log.topic} takes nothing, its log grows: send it again") from error
+            except KafkaError as error:
+                raise Unavailable(f"Kafka has not taken it: {error}") from error
+
+    async def _moved(self, log: CurrentLog) -> bool:
         """Whether there is another than this one, which refused. Raises Unavailable."""
         async with self._looking:
             if self.now is log and time.monotonic() - self._looked_at >= GROWN_LOOK_S:
@@ -64,38 +79,12 @@ class KafkaLog:
 
     async def append(self, account: str, value: bytes) -> None:
         """Returns once the broker has it. Raises Unavailable."""
-        while True:
-            log = self._log.now
+
+        async def send(log: CurrentLog) -> None:
             home = partition(lane(account), log.partitions)
-            try:
-                await self._producer.send_and_wait(log.topic, value, key=account.encode(), partition=home)
-            except MessageSizeTooLargeError as error:
-                if not await self._log.moved(log):
-                    raise Unavailable(f"{log.topic} takes no usage, its log grows: send it again") from error
-            except KafkaError as error:
-                raise Unavailable(f"Kafka has not taken it: {error}") from error
-            else:
-                return
+            await self._producer.send_and_wait(log.topic, value, key=account.encode(), partition=home)
 
-
-class Pen:
-    """Commands into the log that takes them now."""
-
-    def __init__(self, producer: AIOKafkaProducer, signer: Signer, log: OpenLog) -> None:
-        self._producer, self._signer, self._log = producer, signer, log
-
-    async def send(self, account: str, kind: str, body: dict[str, Any], command_id: str) -> dict[int, int]:
-        """As `Control.send`. Raises Unavailable."""
-        while True:
-            log = self._log.now
-            control = Control(self._producer, self._signer, log.partitions, new_command_id, topic=log.topic)
-            try:
-                return await control.send(account, kind, body, command_id)
-            except Unavailable:
-                if not await self._log.moved(log):
-                    raise
-            except KafkaError as error:
-                raise Unavailable(f"Kafka has not taken it: {error}") from error
+        await self._log.into(send)
 
 
 class Customers:
@@ -139,12 +128,29 @@ async def ingest_of(settings: Settings) -> AsyncIterator[Ingest]:
         attributes = frozenset(name.strip() for name in settings.ingest_attributes.split(",") if name.strip())
         ingest = Ingest(KafkaLog(producer, log), identity, attributes)
         if signer is not None:
-            pen = Pen(producer, signer, log)
-            ingest.webhooks[PATH] = StripeWebhook(secret, pen.send, Customers(settings).account_of)
+            command = partial(_command, producer, signer, log)
+            ingest.webhooks[PATH] = StripeWebhook(secret, command, Customers(settings).account_of)
         yield ingest
     finally:
         await producer.stop()
         await redis.aclose()
+
+
+async def _command(
+    producer: AIOKafkaProducer,
+    signer: Signer,
+    log: OpenLog,
+    account: str,
+    kind: str,
+    body: dict[str, Any],
+    command_id: str,
+) -> dict[int, int]:
+    """As `Control.send`. Raises Unavailable."""
+    return await log.into(
+        lambda where: Control(producer, signer, where.partitions, new_command_id, topic=where.topic).send(
+            account, kind, body, command_id
+        )
+    )
 
 
 class Server(uvicorn.Server):

@@ -41,18 +41,18 @@ for a = 12, #ARGV, 3 do
   asked[ARGV[a]] = {hi = hi, lo = lo, least_hi = least_hi, least_lo = least_lo}
 end
 local shapes = {} -- the (meter, window) pairs that have a limit somewhere in the policy, in the window of now
-local function shape(meter, window)
+local function watch(meter, window)
   local start, stop = span(window, at)
   local base = meter .. ' ' .. window .. ':' .. whole(start)
   shapes[#shapes + 1] = {ask = asked[meter], base = base, used = base .. ' u', held = base .. ' h', stop = stop,
     limit = '|' .. meter .. '|' .. window}
 end
 for meter, windows in string.gmatch(policy[6] or '', '([^ :]+):(%a+)') do
-  for window in string.gmatch(windows, '%a') do shape(meter, window) end
+  for window in string.gmatch(windows, '%a') do watch(meter, window) end
 end
 if policy[1] and not policy[6] then
   for meter in pairs(asked) do
-    for _, window in ipairs({'m', 'h', 'd', 'M', 'L'}) do shape(meter, window) end
+    for _, window in ipairs({'m', 'h', 'd', 'M', 'L'}) do watch(meter, window) end
   end
 end
 
