@@ -118,7 +118,7 @@ class Campaign(prove.Campaign):
         where = self.stack.endpoints
         account_of = {name: account for account, name in self.customers.items()}
         effects = Effects(where, account_of, court.log.partitions)
-        recoveries, budget = Recoveries(time.monotonic()), Budget(self.sizes.kills)
+        recoveries, budget = Recoveries(time.monotonic()), Budget(self.sizes.kills, self.sizes.plans())
         watch = Watch(court, effects.rail, self.seed)
         raw = RawWriter(where.kafka_bootstrap, self.journals / "raw.jsonl", court.log.partitions)
         strikers = self._strikers(effects, recoveries, budget)

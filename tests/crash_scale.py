@@ -11,6 +11,8 @@ SERVER_NAMES = ("valkey", "clickhouse", "stripe", "valkey", "clickhouse", "strip
 """Who is struck how often: what needs the broker is everything, and all of it starts anew."""
 SERVICE_SHARE = 0.25
 """Of all strikes, on emitters and on gates each: they need no partition back, and are ready again first."""
+LEAST = 3
+"""Strikes that are kept for each group of workers."""
 WAIT_FOR_HOLDS_FROM = 200
 """A campaign of so many strikes also waits until abandoned holds have expired."""
 
@@ -78,7 +80,8 @@ class Sizes:
         """One a group of processes."""
         scale = self.of_stack()
         workers = [
-            Plan(group, tuple(scale.workers(group)), self.worker_gap_s, stops=0.6, again=self.again) for group in GROUPS
+            Plan(group, tuple(scale.workers(group)), self.worker_gap_s, stops=0.6, again=self.again, least=LEAST)
+            for group in GROUPS
         ]
         services = [
             Plan(kind, names, self.service_gap_s, stops=0.4, again=self.again, share=SERVICE_SHARE, apart=True)
@@ -107,7 +110,9 @@ def sizes(kills: int) -> Sizes:
         gates=2,
         rate=200.0,
         gate_rate=30.0,
-        look_s=1.5,
+        billing_window_s=3,
+        billing_grace_s=2,
+        look_s=0.5,
         poison_every_s=20.0,
         worker_gap_s=7.0,
         service_gap_s=4.0,

@@ -54,6 +54,8 @@ class Plan:
     stop_s: tuple[float, float] = (2.0, 5.0)
     share: float = 1.0
     """Most of all strikes that may fall on it: who comes back at once would else take them from those who need seconds."""
+    least: int = 0
+    """So many are kept for it, while it can be struck: who needs seconds before its first work would else get none."""
     apart: bool = False
     """Each of them has work of its own: one does not wait for another's recovery."""
 
@@ -61,18 +63,26 @@ class Plan:
 class Budget:
     """How many strikes there are to be, all groups together."""
 
-    def __init__(self, strikes: int) -> None:
+    def __init__(self, strikes: int, plans: Sequence[Plan]) -> None:
         self._strikes, self._left, self._lock = strikes, strikes, threading.Lock()
         self._taken: Counter[str] = Counter()
+        self._kept = Counter({plan.group: plan.least for plan in plans})
 
     def take(self, plan: Plan) -> bool:
         """Whether one is left, for this group too."""
         with self._lock:
-            if self._left <= 0 or self._taken[plan.group] >= plan.share * self._strikes:
+            free = self._left > self._kept.total() or (self._left > 0 and self._kept[plan.group] > 0)
+            if not free or self._taken[plan.group] >= plan.share * self._strikes:
                 return False
             self._left -= 1
             self._taken[plan.group] += 1
+            self._kept[plan.group] = max(0, self._kept[plan.group] - 1)
             return True
+
+    def release(self, plan: Plan) -> None:
+        """It cannot be struck any more: nothing is kept for it."""
+        with self._lock:
+            self._kept[plan.group] = 0
 
     @property
     def spent(self) -> bool:
@@ -100,6 +110,7 @@ class Striker(threading.Thread):
         except Exception as error:  # noqa: BLE001 - a thread cannot raise: it becomes a fault of the report
             self.failure = f"{type(error).__name__}: {error}"
         finally:
+            self.budget.release(self.plan)
             self._wake(all_of_them=True)
 
     def _work(self) -> None:

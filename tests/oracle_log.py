@@ -3,6 +3,7 @@
 import time
 
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from tests.oracle_book import Record
 
@@ -19,7 +20,7 @@ class Log:
     def __init__(self, bootstrap: str, topic: str, gapless: bool = False, base: int = 0) -> None:
         """`base` is added to the numbers of its partitions."""
         self.bootstrap, self.topic, self.gapless, self.base = bootstrap, topic, gapless, base
-        self.consumer = self._consumer()
+        self.consumer, self._admin = self._consumer(), self._asker()
         listed = self.consumer.list_topics(topic, timeout=15).topics[topic]
         if listed.error:
             raise KafkaException(listed.error)
@@ -42,15 +43,17 @@ class Log:
             }
         )
 
+    def _asker(self) -> AdminClient:
+        return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 2})
+
     def _assign(self) -> None:
         self.consumer.assign([TopicPartition(self.topic, number, offset) for number, offset in self.next.items()])
 
     def ends(self) -> dict[int, int]:
-        """High watermark of every partition, asked of the broker."""
-        return {
-            number: self.consumer.get_watermark_offsets(TopicPartition(self.topic, number), timeout=ASK_S)[1]
-            for number in range(self.partitions)
-        }
+        """High watermark of every partition, asked of the broker: not on the consumer's connection, behind its idle fetches."""
+        asked = {TopicPartition(self.topic, number): OffsetSpec.latest() for number in range(self.partitions)}
+        answers = self._admin.list_offsets(asked, request_timeout=ASK_S)
+        return {at.partition: answer.result().offset for at, answer in answers.items()}
 
     def read(self) -> list[Record]:
         """Records appended up to the ends as they are now, each partition's in offset order.
@@ -66,7 +69,7 @@ class Log:
                     raise
                 # A client whose broker died may believe for minutes that the topic has no partitions.
                 self.consumer.close()
-                self.consumer = self._consumer()
+                self.consumer, self._admin = self._consumer(), self._asker()
                 self._assign()
         found, self._found = self._found, []
         return found
