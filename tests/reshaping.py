@@ -61,6 +61,13 @@ class Continuous:
         self.seen, self.looks = found, self.looks + 1
 
 
+def wrong(report: dict[str, Any]) -> list[str]:
+    """What a campaign's report holds against it: differences to the oracle, faults, units, the audit log's verdict."""
+    units = [f"{report[what]} {what}" for what in ("lost", "doubled", "overspent") if report[what]]
+    audit = [] if report["audit"]["ok"] else [f"audit verify: {report['audit']}"]
+    return [*map(str, report["verdict"]["differences"]), *report["faults"], *units, *audit]
+
+
 class Reshaping(Campaign):
     """`steps` in order of their times; workers run all groups, so that each partition of each group moves with them."""
 

@@ -300,12 +300,16 @@ def test_second_start_uses_the_data_and_stop_leaves_no_process(tmp_path: Path) -
 
 
 RUNS = """
-import sys
+import signal, sys, threading, time
 from pathlib import Path
-from tollway.connectors.embedded.stack import Stack
+from tollway.connectors.embedded.stack import SIGNALS, Stack
 stack = Stack(Path(sys.argv[1]), stripe=False, progress=lambda line: print(line, flush=True))
 stack.start()
-print("up", flush=True)
+before = signal.getsignal(SIGNALS[-1])
+def say_when_it_listens():
+    while signal.getsignal(SIGNALS[-1]) is before: time.sleep(0.01)
+    print("up", flush=True)
+threading.Thread(target=say_when_it_listens, daemon=True).start()
 stack.run_until_signal()
 """
 
