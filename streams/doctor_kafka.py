@@ -15,6 +15,7 @@ from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, Co
 from tollway.connectors.errors import Refused, Unavailable
 from tollway.connectors.kafka import Admin, epoch_of, open_growth, read_newest
 from tollway.connectors.rights import CLUSTER, KAFKA, KafkaRight, kafka_rights
+from tollway.connectors.topic_id import NO_ID
 from tollway.schemas import codec
 from tollway.schemas.command import LogConfig, parse_body
 from tollway.schemas.topics import CHECKPOINTS, TOPICS, USAGE, log_topic
@@ -27,8 +28,6 @@ from tollway.streams.wiring import kafka_admin
 
 RECENT_S = 60
 """With workers running a record comes at least every TOLLWAY_TICK_IDLE_S: an older one tells nothing about clocks."""
-NO_ID = "A" * 22
-"""A topic id of zeros: the broker has none."""
 NOT_YET = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
 """The first question about a group wakes its coordinator."""
 

@@ -17,6 +17,7 @@ from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionE
 from tollway.connectors.closing import close
 from tollway.connectors.errors import Fatal, TollwayError, Unavailable
 from tollway.connectors.kafka import started_producer
+from tollway.connectors.parsed_records import as_parsed
 from tollway.schemas.topics import CHECKPOINTS, METER_EVENTS, TICK_KEY
 from tollway.streams import checkpoint
 from tollway.streams.checkpoint_log import newest_checkpoints
@@ -50,7 +51,6 @@ class EngineConfig:
     partitions: int
     instance_id: str
     security: dict[str, Any] = field(default_factory=dict)
-    admin_security: dict[str, Any] = field(default_factory=dict)
     pace_ms: int = 100
     session_timeout_ms: int = 6_000
     max_poll_interval_ms: int = 300_000
@@ -85,7 +85,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         self._assigned: list[int] = []  # not loaded yet
         self._ticks = Ticks(config.tick_idle_s)
         of_log = config.epoch.partition("-")[2] if fold.topic != METER_EVENTS.name else None
-        self._log = SameLog(config.bootstrap, config.admin_security, fold.topic, of_log)
+        self._log = SameLog(config.bootstrap, config.security, fold.topic, of_log)
         self.consumer: AIOKafkaConsumer | None = None
         self.producer: AIOKafkaProducer | None = None
         if fold.fencing is not None:
@@ -143,6 +143,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
             group_id=f"tollway.{self.fold.group}",
             group_instance_id=f"{self.fold.group}-{config.instance_id}",
             auto_offset_reset="none",
+            value_deserializer=as_parsed,
             enable_auto_commit=False,
             session_timeout_ms=config.session_timeout_ms,
             heartbeat_interval_ms=max(100, config.session_timeout_ms // 6),
@@ -473,3 +474,4 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         for part in (self.consumer, self.producer):
             if part is not None:
                 await close(part, CLOSE_S)
+        await self._log.close()

@@ -114,5 +114,5 @@ def as_records(records: list[ConsumerRecord]) -> Records:
         append_ms=np.array([record.timestamp for record in records], np.int64),
         keys=[record.key for record in records],
         values=[record.value for record in records],
-        headers=[record.headers for record in records],
+        headers=[tuple(record.headers) for record in records],
     )

@@ -4,11 +4,10 @@ Kafka's client names topics, not ids, when it fetches. So the id is asked for af
 sent: what was fetched before the answer is of the log that the answer names.
 """
 
-from functools import partial
 from typing import Any
 
 from tollway.connectors.errors import Fatal, Refused, Unavailable
-from tollway.connectors.kafka import Admin
+from tollway.connectors.topic_id import TopicIds
 
 TIMEOUT_S = 5.0
 
@@ -17,22 +16,22 @@ class SameLog:
     """One topic's id, from the first answer on; `topic_id` where it is known from the epoch."""
 
     def __init__(self, bootstrap: str, security: dict[str, Any], topic: str, topic_id: str | None) -> None:
-        self._connect = partial(Admin, bootstrap, security, timeout_s=TIMEOUT_S)
-        self._admin = self._connect()
+        self._ids = TopicIds(bootstrap, security, TIMEOUT_S)
         self._topic, self._topic_id = topic, topic_id
 
     async def confirm(self) -> None:
         """Raises Fatal where it is another topic by now, Unavailable where no broker says."""
         try:
-            found = await self._admin.topic_id(self._topic)
+            found = await self._ids.topic_id(self._topic)
         except Refused as error:  # deleted, perhaps; a broker that has just started may not know it yet
             raise Unavailable(str(error)) from error
-        except Unavailable:
-            self._admin = self._connect()  # the old one goes on asking the controller that it knew, dead or not
-            raise
         self._topic_id = self._topic_id or found
         if found != self._topic_id:
             raise Fatal(
                 f"topic {self._topic} was deleted and made anew (id {found}, it was {self._topic_id}): nothing of it was "
                 "folded; restore the old one, or start a new deployment for the new log"
             )
+
+    async def close(self) -> None:
+        """Its connection."""
+        await self._ids.close()

@@ -93,7 +93,6 @@ async def engine_config(settings: Settings, replica: Replica, log: CurrentLog, g
         partitions=partitions,
         instance_id=replica.name,
         security=settings.kafka_security(),
-        admin_security=settings.admin_security(),
         pace_ms=settings.pace_ms,
         session_timeout_ms=settings.session_timeout_ms,
         max_poll_interval_ms=settings.max_poll_interval_ms,

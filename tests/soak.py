@@ -36,8 +36,8 @@ from tollway.streams.bootstrap import new_command_id
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCOUNTS, PRINCIPALS_EACH = 40, 5
-HOURS = {"counts": [{"meter": "calls", "windows": ["h", "d", "M"], "scopes": ["acct", "principal"]}]}
-"""No minutes: those are kept for hours in the fold and for a day in Redis, which is growth by design until the oldest go."""
+DAYS = {"counts": [{"meter": "calls", "windows": ["d", "M"], "scopes": ["acct", "principal"]}]}
+"""No minutes and no hours: the fold keeps those for hours and days, which is growth by design until the oldest go."""
 BURST_S, SHARE = 20.0, 3
 SAMPLE_S = 5.0
 WARM_UP_MINUTES = 12.0
@@ -180,7 +180,7 @@ class Soak:
 
 def plain(made: World) -> World:
     """Every account counts its calls by hour, day and month."""
-    return World(made.accounts, made.principals, made.bound, {}, dict.fromkeys(made.accounts, HOURS), {})
+    return World(made.accounts, made.principals, made.bound, {}, dict.fromkeys(made.accounts, DAYS), {})
 
 
 def _now(look: Look) -> Any:

@@ -160,8 +160,8 @@ class Cluster:
             raise Unavailable(f"{place[0]} cannot be read: {error}") from error
 
 
-class Admin:
-    """In place of `connectors.kafka.Admin`, for a topic's id alone."""
+class TopicIds:
+    """In place of `connectors.topic_id.TopicIds`."""
 
     cluster: Cluster
 
@@ -176,6 +176,8 @@ class Admin:
         if known is None:
             raise Refused(f"topic {topic} is not there")
         return known
+
+    async def close(self) -> None: ...
 
 
 class Producer:

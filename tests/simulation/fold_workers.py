@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from tests.simulation.fold_group import Consumer
-from tests.simulation.fold_kafka import Admin
+from tests.simulation.fold_kafka import TopicIds
 from tests.simulation.fold_loop import Killed, Process
 from tests.simulation.fold_sinks import Store
 from tollway.connectors.errors import TollwayError
@@ -196,14 +196,14 @@ def wired(world: Any) -> Iterator[None]:
         values = await cluster.values_since((METER_EVENTS.name, partition), account.encode())
         return [codec.decode(value)[1] for value in values]
 
-    Admin.cluster = cluster
+    TopicIds.cluster = cluster
     ports: list[tuple[Any, str, Any]] = [
         (engine, "AIOKafkaConsumer", consumer),
         (engine, "started_producer", cluster.started_producer),
         (engine, "time", clock),
         (seat, "time", clock),
         (checkpoint_log, "read_checkpoints", cluster.read_checkpoints),
-        (same_log, "Admin", Admin),
+        (same_log, "TopicIds", TopicIds),
         (quota_jobs, "SWEEP_S", SWEEP_S),
         (quota_view, "fly", redis.fly),
         (quota_view, "check", redis.check),
