@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCK := requirements-dev.lock
 CODE := schemas connectors streams src tests benchmarks docs/settings_page.py docs/examples
 
-.PHONY: help demo test check prove crash soak registry bench overspend simulate docs lock clean
+.PHONY: help demo test check prove crash reshape soak registry bench overspend simulate docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
