@@ -447,17 +447,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         for place, (number, loaded) in enumerate(loads.items()):
             state = self.fold.load(number, loaded.state)
             stagger_s = self.config.checkpoint_s * (place + 1) / len(partitions)
-            self.owned[number] = Owned(
-                state=state,
-                slot=(loaded.slot + 1) % checkpoint.SLOTS,
-                turn=loaded.turn,
-                generation=loaded.generation,
-                due_at=now + stagger_s,
-                fetch_next=state.next_offset,
-                checkpointed=state.next_offset,
-                heard_at=now,
-                size=loaded.size,
-            )
+            self.owned[number] = Owned.loaded(state, loaded, now, now + stagger_s)
             self.consumer.seek(TopicPartition(self.fold.topic, number), state.next_offset)
 
     def _count_loss(self) -> None:

@@ -50,6 +50,21 @@ class Owned:
     retry_s: float = RETRY_FIRST_S
     paused: bool = False
 
+    @classmethod
+    def loaded(cls, state: Any, found: checkpoint.Checkpoint, now: float, due_at: float) -> "Owned":
+        """As its newest checkpoint left it."""
+        return cls(
+            state=state,
+            slot=(found.slot + 1) % checkpoint.SLOTS,
+            turn=found.turn,
+            generation=found.generation,
+            due_at=due_at,
+            fetch_next=state.next_offset,
+            checkpointed=state.next_offset,
+            heard_at=now,
+            size=found.size,
+        )
+
     @property
     def full(self) -> bool:
         """Whether fetching must wait."""

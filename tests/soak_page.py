@@ -30,7 +30,7 @@ they grow with the log. Resident, MB a minute: {resident}.
 
 A process grows where the whole interval lies above zero and the growth over the time measured exceeds its noise: twice the spread
 round the line, a hundredth of its size, or a megabyte. The interval is widened by the likeness of neighbouring samples. No windows of
-minutes and no late usage: what is kept for hours grows by design until the oldest go. The Stripe stand-in, which keeps what it was told, is left out.
+minutes or hours and no late usage: what is kept for days grows by design until the oldest go. The Stripe stand-in, which keeps what it was told, is left out.
 
 Apache Kafka {told["kafka"]} on {told["java"]}, Valkey {told["valkey"]}, ClickHouse {told["clickhouse"]},
 Python {told["python"]}, commit `{told["commit"]}`, {found["at"]}. All samples: [{name}.json]({name}.json).
