@@ -247,7 +247,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _think(self, number: int, effects: list[Any], worked: list[int]) -> None:
         owned = self.owned[number]
-        if owned.stopped or not owned.stash:
+        if owned.stopped or owned.unsettled or not owned.stash:
             return
         try:
             if not (count := self.fold.ready(owned.state, owned.stash)):
@@ -319,7 +319,8 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         now = time.monotonic()
         for number, owned in self.owned.items():
             due = now >= owned.due_at or owned.since >= self.config.checkpoint_records
-            if due and not owned.stopped and owned.state.next_offset != owned.checkpointed:
+            # A turn that was given up, by a stop or a rebalance, leaves states behind that no effect has followed.
+            if due and not (owned.stopped or owned.unsettled) and owned.state.next_offset != owned.checkpointed:
                 await self.save(number)
 
     async def save(self, number: int) -> None:

@@ -14,13 +14,14 @@ from confluent_kafka.admin import AdminClient
 from tests.records import source, usage
 from tollway.connectors.control import Control, Signer
 from tollway.connectors.embedded.kafka import KafkaBroker
-from tollway.connectors.errors import Fatal, Refused
+from tollway.connectors.errors import Fatal, Refused, Unavailable
 from tollway.connectors.kafka import Admin, ends, epoch_of, read_newest, started_producer
 from tollway.schemas import codec
 from tollway.schemas.lane import lane
 from tollway.schemas.topics import DEAD_LETTERS, METER_EVENTS, USAGE
 from tollway.streams.accounts import AccountsFold, think_billing, think_quota
 from tollway.streams.bootstrap import create, new_command_id
+from tollway.streams.checkpoint_log import newest_checkpoints
 from tollway.streams.engine import Engine, EngineConfig
 from tollway.streams.failpoint import Failpoints
 from tollway.streams.settings import Settings
@@ -188,6 +189,44 @@ async def test_a_crash_repeats_and_doubles_nothing(log: Log) -> None:
     assert {(record.key, dict(record.headers)["reason"]) for record in letters} == {
         (f"{log.epoch}|1|{end - 1}".encode(), b"bad_id")
     }
+
+
+class Barred:
+    """A fold whose sinks take nothing for a while."""
+
+    def __init__(self, fold: Any) -> None:
+        self._fold, self.away, self.refused = fold, False, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fold, name)
+
+    async def settle(self, effects: list[Any], send: Any) -> None:
+        if self.away:
+            self.refused += 1
+            raise Unavailable("the sink is away")
+        await self._fold.settle(effects, send)
+
+
+async def test_a_stop_while_a_sink_is_away_saves_nothing_that_it_has_not(log: Log) -> None:
+    """The turn that waits for the sink is given up: no checkpoint passes it, and the next worker has its effects."""
+    engine = log.engine(Shown(), checkpoint_s=0.1)
+    engine.fold = barred = Barred(engine.fold)
+    async with running(engine):
+        await until(lambda: len(engine.owned) == PARTITIONS and not engine.owned[2].unsettled)
+        barred.away = True
+        letters = len(await log.values(DEAD_LETTERS.name))
+        before = await log.end(2)
+        await log.emit(2, 1, principal="not an id either")
+        await until(lambda: barred.refused > 1)
+    found = await newest_checkpoints(
+        log.settings.kafka_bootstrap, {}, log.epoch, {"accounts": False}, list(range(PARTITIONS))
+    )
+    assert found.of("accounts", 2).next_offset <= before
+    view = Shown()
+    async with running(log.engine(view)):
+        end = await log.end(2)
+        await until(lambda: view.offsets.get(2) == end)
+    assert len(await log.values(DEAD_LETTERS.name)) == letters + 1
 
 
 class Slow(Shown):

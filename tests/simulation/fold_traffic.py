@@ -34,6 +34,8 @@ POLICIES: list[dict[str, Any]] = [
 DAY_S = 86_400
 SPOOL_LIFE_S = 3 * DAY_S
 GRACE_MS = 900_000
+REQUEST_LIFE_S = 3_600
+"""Clients and brokers give a request up within minutes: none is under way for days."""
 
 
 @cache
@@ -131,10 +133,15 @@ class Emitter:
         cluster = self.world.cluster
         if self.world.dice.random() < 0.15:
             self.world.dice.shuffle(mine)  # a writer with several requests in flight
+
+        def arrives() -> None:
+            if self.world.clock_ms() // 1000 - now_s > REQUEST_LIFE_S:  # everybody's clock was set on meanwhile
+                raise KafkaError("a request this old is nobody's any more")
+            for frame in mine:
+                cluster.append((USAGE.name, place), frame.key, frame.value, ())
+
         try:
-            await cluster.call(
-                lambda: [cluster.append((USAGE.name, place), frame.key, frame.value, ()) for frame in mine]
-            )
+            await cluster.call(arrives)
         except KafkaError:
             return  # not known: the same again, in the same order
         for frame in mine:
