@@ -14,6 +14,7 @@ from tests.simulation.fold_mutants import (
     dirty_is_dropped,
     doubtful_state,
     failures_are_skipped,
+    given_up_turn_is_saved,
     heartbeat_by_the_clock,
     high_water_mark,
     jumps,
@@ -353,6 +354,15 @@ MUTANTS = [
         "it_comes_to_rest redis_stops_nobody",
         retry_forgets_pause,
         worlds=120,
+    ),
+    Mutant(
+        "given_up_turn_is_saved",
+        "found",
+        "a worker that stops while a sink is away saves what the sink has not",
+        "checkpoint_never_ahead_of_effects no_gap_in_audit",
+        given_up_turn_is_saved,
+        "sinks",
+        seed=77,
     ),
 ]
 """`ends` worlds end with a log that is trimmed too far or made anew."""

@@ -23,6 +23,7 @@ from tollway.streams import (
     counting,
     decode,
     dedupe,
+    engine,
     judge,
     owned,
     quota,
@@ -159,7 +160,7 @@ def doubtful_state() -> list[Change]:
     async def retry(self: Any) -> None:
         for number, mine in self.owned.items():
             if mine.stopped and not mine.final:
-                mine.stopped, mine.fetch_next = None, mine.state.next_offset
+                mine.stopped, mine.unsettled, mine.fetch_next = None, False, mine.state.next_offset
                 self.consumer.seek(TopicPartition(self.fold.topic, number), mine.fetch_next)
 
     return [(Engine, "_retry_stopped", retry)]
@@ -341,6 +342,17 @@ def checkpoint_first() -> list[Change]:
 
 def unsettled_is_saved() -> list[Change]:
     return [(owned.Owned, "unsettled", property(lambda self: False, lambda self, value: None))]
+
+
+def given_up_turn_is_saved() -> list[Change]:
+    async def checkpoint_due(self: Any) -> None:
+        now = engine.time.monotonic()
+        for number, held in self.owned.items():
+            due = now >= held.due_at or held.since >= self.config.checkpoint_records
+            if due and not held.stopped and held.state.next_offset != held.checkpointed:
+                await self.save(number)
+
+    return [(Engine, "_checkpoint_due", checkpoint_due)]
 
 
 def channel_is_trusted() -> list[Change]:
