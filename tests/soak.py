@@ -179,8 +179,9 @@ class Soak:
 
 
 def plain(made: World) -> World:
-    """Every account counts its calls by hour, day and month."""
-    return World(made.accounts, made.principals, made.bound, {}, dict.fromkeys(made.accounts, DAYS), {})
+    """Every account counts its calls by day and month, and has a customer: units of one without wait 34 days for it."""
+    bound = {name: f"cus_{name}" for name in made.accounts}
+    return World(made.accounts, made.principals, bound, {}, dict.fromkeys(made.accounts, DAYS), {})
 
 
 def _now(look: Look) -> Any:
