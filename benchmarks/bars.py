@@ -57,7 +57,7 @@ def times_incr(found: Found) -> float:
     return float(found["authorize"]["p99_ms"] / found["INCR"]["p99_ms"])
 
 
-FETCH = "aiokafka makes a Python object of each record: fetching is the largest share; then decoding, then the fold"
+FETCH = "decoding with its copies, quota, and fetching (aiokafka, one object of C a record): no single hot place (decisions 0011, 0012)"
 NEW_KEYS = "each event makes new keys: their strings, their place in the tables, and two new fields in Redis"
 TWO_CORES = "the cores: broker, Valkey, ClickHouse and producers take theirs of the same two"
 ENGINE = "ClickHouse's engine: compressing and sorting, and its merges meanwhile"
