@@ -95,7 +95,9 @@ class TopicIds:
     def __init__(self, bootstrap: str, security: dict[str, Any], timeout_s: float) -> None:
         """`security` as aiokafka takes it."""
         self._bootstrap, self._security, self._timeout_s = bootstrap, security, timeout_s
-        self._at: tuple[AIOKafkaClient, int] | None = None
+        self._client: AIOKafkaClient | None = None
+        self._node: int | None = None
+        """The broker that is asked; None until the client knows one."""
         self._asking = asyncio.Lock()
 
     async def topic_id(self, topic: str) -> str:
@@ -118,26 +120,18 @@ class TopicIds:
         return str(topic_id)
 
     async def _connected(self) -> tuple[AIOKafkaClient, int]:
-        """A client, and the broker that it asks."""
-        if self._at is None:
-            client = AIOKafkaClient(
+        if self._client is None or self._node is None:
+            await self.close()  # one whose start was cut off
+            self._client = AIOKafkaClient(
                 bootstrap_servers=self._bootstrap, request_timeout_ms=int(self._timeout_s * 1000), **self._security
             )
-            try:
-                await client.bootstrap()
-            except BaseException:
-                await _close(client)
-                raise
-            self._at = client, client.get_random_node()
-        return self._at
+            await self._client.bootstrap()
+            self._node = int(self._client.get_random_node())
+        return self._client, self._node
 
     async def close(self) -> None:
         """Open again at the next question."""
-        at, self._at = self._at, None
-        if at is not None:
-            await _close(at[0])
-
-
-async def _close(client: AIOKafkaClient) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(client.close(), CLOSE_S)
+        client, self._client, self._node = self._client, None, None
+        if client is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(client.close(), CLOSE_S)

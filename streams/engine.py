@@ -235,7 +235,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
                     self.owned[number].unsettled = False
                     self.fold.settled(number, self.owned[number].state)
             try:
-                await self.fold.tend({number: owned.state for number, owned in self.owned.items() if not owned.stopped})
+                await self.fold.tend({number: owned.state for number, owned in self.owned.items() if owned.settled})
                 await self._checkpoint_due()
                 await self._tick()
                 await self._retry_stopped()
@@ -247,7 +247,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _think(self, number: int, effects: list[Any], worked: list[int]) -> None:
         owned = self.owned[number]
-        if owned.stopped or owned.unsettled or not owned.stash:
+        if not (owned.settled and owned.stash):
             return
         try:
             if not (count := self.fold.ready(owned.state, owned.stash)):
@@ -319,8 +319,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
         now = time.monotonic()
         for number, owned in self.owned.items():
             due = now >= owned.due_at or owned.since >= self.config.checkpoint_records
-            # A turn that was given up, by a stop or a rebalance, leaves states behind that no effect has followed.
-            if due and not (owned.stopped or owned.unsettled) and owned.state.next_offset != owned.checkpointed:
+            if due and owned.settled and owned.state.next_offset != owned.checkpointed:
                 await self.save(number)
 
     async def save(self, number: int) -> None:
@@ -423,7 +422,7 @@ class Engine(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _let_go(self) -> None:
         until = time.monotonic() + LAST_SAVES_S
         for number, owned in self.owned.items():
-            if owned.stopped or owned.unsettled or owned.state.next_offset == owned.checkpointed or self._assigned:
+            if self._assigned or not owned.settled or owned.state.next_offset == owned.checkpointed:
                 continue
             try:
                 await asyncio.wait_for(self.save(number), max(0.0, until - time.monotonic()))

@@ -66,6 +66,11 @@ class Owned:
         )
 
     @property
+    def settled(self) -> bool:
+        """Whether the state is sound and effects have followed it: it may be saved. A turn that was given up leaves others."""
+        return not (self.stopped or self.unsettled)
+
+    @property
     def full(self) -> bool:
         """Whether fetching must wait."""
         return len(self.stash) > STASH_RECORDS_MAX or self.stash_bytes > STASH_BYTES_MAX
